@@ -1,0 +1,352 @@
+"""Guides: pure functions of (params, key) that draw latents and score them."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from numpyro import distributions as dist
+from numpyro.distributions import constraints
+
+from vi_params._check import explain, require_key, require_names
+from vi_params._tree import fold_in_name, is_traced, merge, pick
+from vi_params.noise import Noise, iid
+from vi_params.params import Latent, constrain, init_params
+from vi_params.params.declare import Declared, bijector, constraint_name, normalise
+from vi_params.params.maps import abstract_params
+from vi_params.target import Target
+
+
+class Draw(NamedTuple):
+    """One draw of a guide.
+
+    Attributes:
+        latents: the constrained latents by name.
+        log_prob: log q of them, as a density over constrained latents; a scalar.
+        position: what the draw was made at: the unconstrained vector of a family, the sampled
+            values of a hand-written guide.
+    """
+
+    latents: Any
+    log_prob: jax.Array
+    position: Any
+
+
+class Guide(NamedTuple):
+    """A variational family q(z; params) as pure functions. `params` are unconstrained; they may hold
+    other names beside the guide's own.
+
+    Attributes:
+        declared: name -> `Param`, the guide's learnable parameters.
+        sample: `(params, key, data=None) -> Draw`: `transform` of one piece of noise.
+        log_prob: `(params, latents, data=None) -> scalar`: log q at any latents.
+        rescore: `(params, draw, data=None) -> scalar`: log q at a draw, under other or
+            gradient-stopped parameters, with no inverse map.
+        noise: `(key, num_particles, scheme=iid()) -> noise`, its leading axis the particles.
+        transform: `(params, one particle's noise, data=None) -> Draw`.
+        entropy: `(params, draw, data=None) -> scalar`, an unbiased estimate of -E[log q] in which
+            what is known in closed form is exact; None where nothing is.
+        distributions: `(params, data=None) -> mapping` from the names of the latents to numpyro
+            distributions, for hand-written guides; None for families, which follow their target.
+        data: arrays that the guide takes beside the target's.
+        is_point: whether all mass is in one point, so that there is no density to judge.
+    """
+
+    declared: Declared
+    sample: Callable[..., Draw]
+    log_prob: Callable[..., jax.Array]
+    rescore: Callable[..., jax.Array]
+    noise: Callable[..., Any]
+    transform: Callable[..., Draw]
+    entropy: Callable[..., jax.Array] | None = None
+    distributions: Callable[..., Mapping[str, dist.Distribution]] | None = None
+    data: Any = None
+    is_point: bool = False
+
+
+def sampler(noise: Callable[..., Any], transform: Callable[..., Draw]) -> Callable[..., Draw]:
+    """`guide.sample`: one piece of noise, transformed."""
+
+    def sample(params: Any, key: jax.Array, data: Any = None) -> Draw:
+        require_key(key, "guide.sample")
+        one = jax.tree.map(lambda leaf: leaf[0], noise(key, 1))
+        return transform(params, one, data)
+
+    return sample
+
+
+def key_noise(key: jax.Array, num_particles: int, scheme: Noise | None = None) -> jax.Array:
+    """The noise of a program: one key a particle."""
+    if scheme is not None and scheme.name != "iid":
+        raise ValueError(
+            explain(
+                "The noise of a hand-written guide is its random keys.",
+                expected="vi.noise.iid()",
+                received=f"vi.noise.{scheme.name}()",
+                where="guide.noise",
+                hint="families in vi.guides draw normal noise and take any scheme",
+            )
+        )
+    return jax.random.split(key, num_particles)
+
+
+SINGLE = "latent"
+"""The name inside a guide of the one latent of a guide that returns one distribution."""
+
+
+def guide(declared: Declared, q: Callable[..., Any]) -> Guide:
+    """A guide from the distributions of its latents.
+
+    Args:
+        declared: name -> `Param` (or nested pytrees of them; bare arrays count).
+        q: `(values) -> q` or `(values, data) -> q`: from constrained values to a mapping from the
+            names of latents to numpyro distributions, or to one distribution for the only latent
+            of a target. Latents are independent given the values.
+
+    Returns:
+        A `Guide`.
+
+    Raises:
+        TypeError: `q` takes neither one nor two arguments, or returns something else.
+
+    Example:
+        >>> import numpyro.distributions as dist
+        >>> from numpyro.distributions import constraints
+        >>> declared = {"loc": jnp.zeros(()), "scale": vi.Param(1.0, constraint=constraints.positive)}
+        >>> guide = vi.guide(declared, lambda v: {"z": dist.Normal(v["loc"], v["scale"])})
+        >>> params = vi.init_params(guide.declared, jax.random.key(0))
+        >>> guide.log_prob(params, {"z": jnp.zeros(())})
+        Array(-0.9189385, dtype=float32)
+    """
+    declared = normalise(declared)
+    takes_data = _takes_data(q)
+
+    def distributions(params: Any, data: Any = None) -> dict[str, dist.Distribution]:
+        values = constrain(declared, pick_own(params, declared))
+        found = q(values, data) if takes_data else q(values)
+        if isinstance(found, dist.Distribution):
+            return {SINGLE: found}
+        if isinstance(found, Mapping) and all(
+            isinstance(d, dist.Distribution) for d in found.values()
+        ):
+            return dict(found)
+        raise TypeError(
+            explain(
+                "A guide must return distributions.",
+                expected="a numpyro distribution, or a mapping from names to them",
+                received=f"{type(found).__name__}: {found!r}"[:200],
+                where="q of vi.guide",
+            )
+        )
+
+    def score(q: Mapping[str, dist.Distribution], latents: Any) -> jax.Array:
+        require_names(list(latents), list(q), what="latents", where="guide.log_prob")
+        return sum((jnp.sum(q[name].log_prob(latents[name])) for name in q), start=jnp.zeros(()))
+
+    def transform(params: Any, noise: jax.Array, data: Any = None) -> Draw:
+        q = distributions(params, data)
+        latents = {name: _sample(q[name], fold_in_name(noise, name)) for name in q}
+        unnamed = latents[SINGLE] if SINGLE in q else latents
+        return Draw(unnamed, score(q, latents), unnamed)
+
+    def log_prob(params: Any, latents: Any, data: Any = None) -> jax.Array:
+        q = distributions(params, data)
+        return score(q, {SINGLE: latents} if SINGLE in q else latents)
+
+    return Guide(
+        declared=declared,
+        sample=sampler(key_noise, transform),
+        log_prob=log_prob,
+        rescore=lambda params, draw, data=None: log_prob(params, draw.latents, data),
+        noise=key_noise,
+        transform=transform,
+        distributions=distributions,
+    )
+
+
+def _sample(distribution: dist.Distribution, key: jax.Array) -> jax.Array:
+    """A draw; no gradient flows through one that is not reparameterised."""
+    x = distribution.sample(key)
+    return x if distribution.has_rsample else jax.lax.stop_gradient(x)
+
+
+def pick_own(params: Mapping[str, Any], declared: Declared) -> dict[str, Any]:
+    """A guide's or a target's own parameters out of the joint mapping."""
+    missing = [name for name in declared if name not in params]
+    if missing:
+        require_names(list(params), list(declared), what="params", where="params")
+    return pick(params, declared)
+
+
+def joint_declared(target: Target, guide: Guide) -> dict[str, Any]:
+    """The declared parameters of target and guide together."""
+    return merge(
+        target.declared, guide.declared, what="parameters of target and guide", where="declared"
+    )
+
+
+def matched(target: Target, guide: Guide) -> Guide:
+    """The guide, checked to draw the target's latents: names, shapes and supports.
+
+    A guide of one unnamed latent takes the name of the target's only one.
+    """
+    params = abstract_params(joint_declared(target, guide))
+    data = joint_data(target, guide)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    draw = jax.eval_shape(guide.sample, params, key, data)
+    if not isinstance(draw.latents, Mapping):
+        guide = _name_single(target, guide)
+        draw = jax.eval_shape(guide.sample, params, key, data)
+    require_names(
+        list(draw.latents),
+        list(target.latents),
+        what="latents of the guide",
+        where="target and guide",
+    )
+    for name, latent in target.latents.items():
+        received = draw.latents[name].shape
+        if received != latent.shape:
+            raise ValueError(
+                explain(
+                    "The guide draws a latent of another shape than the target's.",
+                    expected=f"shape {latent.shape}",
+                    received=f"shape {received}",
+                    where=f"latent {name!r}",
+                )
+            )
+    if guide.distributions is not None:
+        _require_supports(target, guide, data)
+    return guide
+
+
+def joint_data(target: Target, guide: Guide) -> Any:
+    """The target's data, with what the guide takes beside them."""
+    if guide.data is None:
+        return target.data
+    if target.data is None:
+        return guide.data
+    if not (isinstance(target.data, Mapping) and isinstance(guide.data, Mapping)):
+        raise TypeError(
+            explain(
+                "Target and guide bring data that cannot be joined.",
+                expected="mappings from argument names to arrays",
+                received=f"{type(target.data).__name__} and {type(guide.data).__name__}",
+                where="data",
+                hint="give the target its data as a mapping by the names of the guide's arguments",
+            )
+        )
+    return {**guide.data, **target.data}
+
+
+def _name_single(target: Target, guide: Guide) -> Guide:
+    if len(target.latents) != 1:
+        raise ValueError(
+            explain(
+                "The guide draws one unnamed latent.",
+                expected=f"distributions for {list(target.latents)}",
+                received="one distribution",
+                where="q of vi.guide",
+                hint="return a mapping from names to distributions",
+            )
+        )
+    (name,) = target.latents
+    distributions = guide.distributions
+
+    def wrap(draw: Draw) -> Draw:
+        return Draw({name: draw.latents}, draw.log_prob, draw.position)
+
+    def rescore(params: Any, draw: Draw, data: Any = None) -> jax.Array:
+        return guide.rescore(params, draw._replace(latents=draw.latents[name]), data)
+
+    return guide._replace(
+        sample=lambda params, key, data=None: wrap(guide.sample(params, key, data)),
+        transform=lambda params, noise, data=None: wrap(guide.transform(params, noise, data)),
+        log_prob=lambda params, latents, data=None: guide.log_prob(params, latents[name], data),
+        rescore=rescore,
+        distributions=distributions
+        and (lambda params, data=None: {name: distributions(params, data)[SINGLE]}),
+    )
+
+
+def _require_supports(target: Target, guide: Guide, data: Any) -> None:
+    """Raises where points that the guide can draw lie outside the target's support."""
+    questions = {
+        name: latent for name, latent in target.latents.items() if not _is_everything(latent)
+    }
+    distributions = guide.distributions
+    if not questions or distributions is None or is_traced(data):
+        return
+    seen: dict[str, str] = {}
+
+    def inside(key: jax.Array) -> dict[str, jax.Array]:
+        params = init_params(joint_declared(target, guide), key)
+        found = distributions(params, data)
+        answers = {}
+        for name, latent in questions.items():
+            support = found[name].support
+            seen[name] = constraint_name(support)
+            if support.is_discrete:
+                answers[name] = jnp.bool_(False)
+                continue
+            transform = bijector(support, name)
+            shape = (16, *transform.inverse_shape(latent.shape))
+            points = transform(2.0 * jax.random.normal(fold_in_name(key, name), shape))
+            answers[name] = jnp.all(latent.support(points))
+        return answers
+
+    for name, answer in jax.jit(inside)(jax.random.key(0)).items():
+        if not answer:
+            raise ValueError(
+                explain(
+                    "The guide draws a latent outside the target's support.",
+                    expected=constraint_name(target.latents[name].support),
+                    received=seen[name],
+                    where=f"latent {name!r}",
+                    hint="use a distribution on that set, or transform one onto it "
+                    "(numpyro's TransformedDistribution with biject_to)",
+                )
+            )
+
+
+def _is_everything(latent: Latent) -> bool:
+    """Whether every real array of the latent's shape is in its support (or the model decides)."""
+    support = latent.support
+    while (base := getattr(support, "base_constraint", None)) is not None:
+        support = base
+    return latent.is_dynamic or isinstance(support, type(constraints.real))
+
+
+def _takes_data(q: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(q).parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return True
+    positional = [
+        p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    required = [p for p in positional if p.default is p.empty]
+    if len(required) > 2 or not positional:
+        raise TypeError(
+            explain(
+                "The function of a guide has the wrong arguments.",
+                expected="q(values) or q(values, data)",
+                received=f"q{inspect.signature(q)}",
+                where="vi.guide",
+            )
+        )
+    return len(required) == 2
+
+
+def without_gradient(target: Target, guide: Guide) -> tuple[str, ...]:
+    """The latents of a hand-written guide whose distributions are not reparameterised."""
+    names: list[str] = []
+    distributions = guide.distributions
+    if distributions is not None:
+
+        def look(params: Any, data: Any) -> None:
+            found = distributions(params, data)
+            names.extend(name for name, d in found.items() if not d.has_rsample)
+
+        params = abstract_params(joint_declared(target, guide))
+        jax.eval_shape(look, params, joint_data(target, guide))
+    return tuple(names)

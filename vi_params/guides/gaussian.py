@@ -1,0 +1,194 @@
+"""Gaussian families over one flat unconstrained vector.
+
+u = loc + C e with e ~ N(0, I), and z = T(u) the constrained latents, so that
+
+    log q(z) = log N(e; 0, I) - log |det C| - log |det T'(u)|.
+
+One array of noise a draw, one leaf for the optimiser where the covariance allows it.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from numpyro.distributions import constraints
+
+from vi_params._check import explain
+from vi_params._tree import pick
+from vi_params.guide import Draw, Guide, pick_own, sampler
+from vi_params.guides.starts import start_vector
+from vi_params.noise import Noise, iid
+from vi_params.params import Param, constrain
+from vi_params.params.declare import Declared
+from vi_params.target import Target, flat
+
+
+class _Scale(NamedTuple):
+    """The linear map C of a Gaussian: its action, its inverse's, and its log-determinant."""
+
+    times: Callable[[Any, jax.Array], jax.Array]
+    solve: Callable[[Any, jax.Array], jax.Array]
+    log_det: Callable[[Any], jax.Array]
+
+
+_DIAGONAL = _Scale(
+    times=lambda own, e: own["scale"] * e,
+    solve=lambda own, x: x / own["scale"],
+    log_det=lambda own: jnp.sum(jnp.log(own["scale"])),
+)
+
+_TRIANGULAR = _Scale(
+    times=lambda own, e: own["scale_tril"] @ e,
+    solve=lambda own, x: jax.scipy.linalg.solve_triangular(own["scale_tril"], x, lower=True),
+    log_det=lambda own: jnp.sum(jnp.log(jnp.diagonal(own["scale_tril"]))),
+)
+
+
+def mean_field(
+    target: Target, *, init: Any = None, init_scale: float = 0.1, name: str = "guide"
+) -> Guide:
+    """Independent normals in the unconstrained coordinates of the target's latents.
+
+    Kucukelbir, Tran, Ranganath, Gelman and Blei (2017), Automatic differentiation variational
+    inference, section 2.4, on numpyro's bijectors.
+
+    Args:
+        target: what to approximate.
+        init: where `loc` starts: None (uniform on (-2, 2), unconstrained), a mapping from names to
+            constrained values, or one of numpyro's `init_to_*` strategies.
+        init_scale: where `scale` starts, a positive number in unconstrained units.
+        name: the name of the family's parameters, `{"loc": (dim,), "scale": (dim,)}`.
+
+    Returns:
+        A `Guide`.
+
+    Raises:
+        ValueError: `init_scale` is not positive.
+        KeyError: `init` names an unknown latent.
+
+    Example:
+        >>> target = vi.target(lambda v, z, d: -0.5 * jnp.sum(z["z"] ** 2), {"z": vi.Latent((2,))})
+        >>> guide = vi.guides.mean_field(target)
+        >>> params = vi.init_params(guide.declared, jax.random.key(0))
+        >>> guide.sample(params, jax.random.key(1)).latents["z"].shape
+        (2,)
+    """
+    dim = flat(target).dim
+    scale = jnp.full(dim, _positive(init_scale))
+    declared = {
+        name: {
+            "loc": Param(start_vector(target, init)),
+            "scale": Param(scale, constraint=constraints.positive),
+        }
+    }
+    return _gaussian(target, declared, name, _DIAGONAL)
+
+
+def full_rank(
+    target: Target, *, init: Any = None, init_scale: float = 0.1, name: str = "guide"
+) -> Guide:
+    """One multivariate normal in the unconstrained coordinates of all the target's latents.
+
+    Kucukelbir et al. (2017), section 2.4; the Cholesky factor is a unit triangle whose rows are
+    scaled, so that a change of units changes the scales alone.
+
+    Args:
+        target: what to approximate.
+        init: where `loc` starts, as in `mean_field`.
+        init_scale: where the marginal scales start, a positive number in unconstrained units.
+        name: the name of the family's parameters, `{"loc": (dim,), "scale_tril": (dim, dim)}`.
+
+    Returns:
+        A `Guide`.
+
+    Raises:
+        ValueError: `init_scale` is not positive.
+        KeyError: `init` names an unknown latent.
+
+    Example:
+        >>> target = vi.target(lambda v, z, d: -0.5 * jnp.sum(z["z"] ** 2), {"z": vi.Latent((2,))})
+        >>> print(vi.describe(vi.guides.full_rank(target).declared))
+        path              shape  dtype    constraint                 plates  size
+        guide/loc         (2,)   float32  Real()                                2
+        guide/scale_tril  (3,)   float32  ScaledUnitLowerCholesky()             3
+    """
+    dim = flat(target).dim
+    scale_tril = _positive(init_scale) * jnp.eye(dim)
+    declared = {
+        name: {
+            "loc": Param(start_vector(target, init)),
+            "scale_tril": Param(scale_tril, constraint=constraints.scaled_unit_lower_cholesky),
+        }
+    }
+    return _gaussian(target, declared, name, _TRIANGULAR)
+
+
+def _gaussian(target: Target, declared: Declared, name: str, scale: _Scale) -> Guide:
+    flat_target = flat(target)
+    dim = flat_target.dim
+    log_normaliser = 0.5 * dim * math.log(2 * math.pi)
+
+    def own_values(params: Any) -> Any:
+        return constrain(declared, pick_own(params, declared))[name]
+
+    def noise(key: jax.Array, num_particles: int, scheme: Noise | None = None) -> jax.Array:
+        return (scheme or iid()).draw(key, num_particles, dim)
+
+    def jacobian(params: Any, u: jax.Array, data: Any) -> Any:
+        return flat_target.constrain_with_log_det(u, model_values(target, params), data)
+
+    def transform(params: Any, e: jax.Array, data: Any = None) -> Draw:
+        own = own_values(params)
+        u = own["loc"] + scale.times(own, e)
+        latents, log_abs_det = jacobian(params, u, data)
+        log_q = -0.5 * jnp.sum(e**2) - log_normaliser - scale.log_det(own)
+        return Draw(latents, log_q - log_abs_det, u)
+
+    def density(params: Any, u: jax.Array) -> jax.Array:
+        own = own_values(params)
+        e = scale.solve(own, u - own["loc"])
+        return -0.5 * jnp.sum(e**2) - log_normaliser - scale.log_det(own)
+
+    def log_prob(params: Any, latents: Any, data: Any = None) -> jax.Array:
+        u = flat_target.unconstrain(latents, model_values(target, params), data)
+        return density(params, u) - jacobian(params, u, data)[1]
+
+    def rescore(params: Any, draw: Draw, data: Any = None) -> jax.Array:
+        return density(params, draw.position) - jacobian(params, draw.position, data)[1]
+
+    def entropy(params: Any, draw: Draw, data: Any = None) -> jax.Array:
+        exact = 0.5 * dim + log_normaliser + scale.log_det(own_values(params))
+        return exact + jacobian(params, draw.position, data)[1]
+
+    return Guide(
+        declared=declared,
+        sample=sampler(noise, transform),
+        log_prob=log_prob,
+        rescore=rescore,
+        noise=noise,
+        transform=transform,
+        entropy=entropy,
+    )
+
+
+def model_values(target: Target, params: Any) -> dict[str, Any]:
+    """The model's own values where a support may depend on them, out of the joint parameters."""
+    dynamic = any(latent.is_dynamic for latent in target.latents.values())
+    if not dynamic or not target.declared:
+        return {}
+    return constrain(target.declared, pick(params, target.declared))
+
+
+def _positive(init_scale: float) -> float:
+    if not init_scale > 0:
+        raise ValueError(
+            explain(
+                "A scale starts at a positive number.",
+                expected="init_scale > 0",
+                received=repr(init_scale),
+                where="init_scale",
+            )
+        )
+    return init_scale

@@ -1,0 +1,77 @@
+"""Where a family starts: an unconstrained vector from a key."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vi_params._check import explain, require_names
+from vi_params._tree import fold_in_name, strong
+from vi_params.target import Target, ravel
+
+RADIUS = 2.0
+"""Half the width of the default start in every unconstrained coordinate, as in Stan and NumPyro."""
+
+
+def start_vector(target: Target, init: Any) -> Callable[[jax.Array], jax.Array]:
+    """The start of a family's location as a function of a key.
+
+    Args:
+        target: the target whose latents start.
+        init: None (uniform on (-2, 2) in every unconstrained coordinate, each latent by a key of
+            its own), a mapping from names to constrained values (latents that it lacks start
+            uniformly), or one of numpyro's `init_to_*` strategies.
+    """
+    if init is None:
+        return lambda key: ravel(_uniform(target, key))
+    if isinstance(init, Mapping):
+        require_names(
+            list(init), list(target.latents), what="latents in init", where="init", complete=False
+        )
+        return lambda key: ravel(_at_values(target, init, key))
+    if callable(init):
+        return lambda key: ravel(target.start(init, key))
+    raise TypeError(
+        explain(
+            "A start strategy was expected.",
+            expected="None, a mapping from names to values, or numpyro.infer.init_to_*",
+            received=f"{init!r} ({type(init).__name__})",
+            where="init",
+        )
+    )
+
+
+def _uniform(target: Target, key: jax.Array) -> dict[str, jax.Array]:
+    return {
+        name: jax.random.uniform(
+            fold_in_name(key, name), latent.unconstrained_shape, minval=-RADIUS, maxval=RADIUS
+        )
+        for name, latent in target.latents.items()
+    }
+
+
+def _at_values(target: Target, init: Mapping[str, Any], key: jax.Array) -> dict[str, jax.Array]:
+    for name, value in init.items():
+        if jnp.shape(value) != target.latents[name].shape:
+            raise ValueError(
+                explain(
+                    "A start has the wrong shape.",
+                    expected=f"shape {target.latents[name].shape}",
+                    received=f"shape {jnp.shape(value)}",
+                    where=f"init, latent {name!r}",
+                )
+            )
+    u = _uniform(target, key)
+    # The other latents' uniform values fix what a support that depends on them looks like.
+    latents, _ = target.constrain(_no_values(target, key), u, target.data)
+    given = {name: strong(jnp.asarray(value, float)) for name, value in init.items()}
+    start = target.unconstrain(_no_values(target, key), {**latents, **given}, target.data)
+    return {name: start[name] if name in init else u[name] for name in u}
+
+
+def _no_values(target: Target, key: jax.Array) -> dict[str, Any]:
+    """The model's own parameters at their start: supports may depend on them."""
+    from vi_params.params import constrain, init_params
+
+    return constrain(target.declared, init_params(target.declared, key))

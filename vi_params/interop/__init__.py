@@ -1,0 +1,1 @@
+"""The border to other packages. Effect handlers appear below this folder only."""

@@ -1,0 +1,98 @@
+"""What an objective is: a loss as a pure function of parameters, randomness and data."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from vi_params._check import explain, require_key, require_names
+from vi_params._tree import leaves_by_path, strong
+from vi_params.guide import Guide
+from vi_params.params.declare import Declared
+from vi_params.target import Target
+
+
+class Aux(NamedTuple):
+    """What an evaluation of the loss tells besides.
+
+    Attributes:
+        elbo: the estimate of the evidence lower bound, in nats; a scalar.
+    """
+
+    elbo: jax.Array
+
+
+class Objective(NamedTuple):
+    """A loss to minimise.
+
+    Attributes:
+        declared: the parameters of target and guide together.
+        loss: `(params, key, data=default) -> (loss, aux)`, pure; `evaluate` at `noise(key)`.
+        data: the default data, handed through jit as an argument by the drivers.
+        noise: `key -> noise`, all the randomness of one evaluation.
+        evaluate: `(params, noise, data) -> (loss, aux)`.
+        target: what is approximated.
+        guide: by what.
+    """
+
+    declared: Declared
+    loss: Callable[..., tuple[jax.Array, Any]]
+    data: Any
+    noise: Callable[[jax.Array], Any]
+    evaluate: Callable[[Any, Any, Any], tuple[jax.Array, Any]]
+    target: Target
+    guide: Guide
+
+
+def objective(
+    declared: Declared,
+    data: Any,
+    noise: Callable[[jax.Array], Any],
+    evaluate: Callable[[Any, Any, Any], tuple[jax.Array, Any]],
+    target: Target,
+    guide: Guide,
+) -> Objective:
+    """An `Objective` whose parameters and data are checked whenever it is traced."""
+    structure = jax.tree.structure(data)
+
+    def checked(params: Any, noise: Any, data: Any) -> tuple[jax.Array, Any]:
+        require_names(list(params), list(declared), what="params", where="objective")
+        if structure.num_leaves:
+            require_structure(structure, data)
+        return evaluate(params, noise, data)
+
+    def loss(params: Any, key: jax.Array, data_: Any = None) -> tuple[jax.Array, Any]:
+        require_key(key, "objective.loss")
+        return checked(params, noise(key), data if data_ is None else data_)
+
+    return Objective(declared, loss, data, noise, checked, target, guide)
+
+
+def resolve(objective: Objective, data: Any) -> Any:
+    """The data to use: those given, as strongly typed arrays, or the objective's own."""
+    if data is None:
+        return objective.data
+    structure = jax.tree.structure(objective.data)
+    if structure.num_leaves:
+        require_structure(structure, data)
+    return jax.tree.map(strong, data)
+
+
+def require_structure(structure: Any, data: Any) -> None:
+    """Raises unless the data have the structure that the objective was built with."""
+    if jax.tree.structure(data) == structure:
+        return
+    expected = structure.unflatten(range(structure.num_leaves))
+    if isinstance(expected, Mapping) and isinstance(data, Mapping):
+        require_names(
+            list(leaves_by_path(data)), list(leaves_by_path(expected)), what="data", where="data"
+        )
+    raise ValueError(
+        explain(
+            "The structure of the data has changed.",
+            expected=str(structure),
+            received=str(jax.tree.structure(data)),
+            where="data",
+            hint="pass data of the structure of objective.data, or build a new objective",
+        )
+    )

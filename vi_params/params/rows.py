@@ -1,0 +1,113 @@
+"""Rows of plate-annotated parameters: gathered for a minibatch, scattered back after it.
+
+A plate indexes a leading axis, and bijectors act on trailing axes only, so that rows of the
+unconstrained array are the rows of the value.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vi_params._check import explain, require_names
+from vi_params._tree import flatten_like
+from vi_params.params.declare import Declared, normalise
+
+
+def take_rows(declared: Declared, params: Any, index: Mapping[str, jax.Array]) -> Any:
+    """The rows of every plate-annotated parameter that a batch uses.
+
+    Args:
+        declared: what `init_params` took.
+        params: unconstrained (or constrained) arrays in the structure of `declared`.
+        index: for each plate that is subsampled, an int array of its rows, shape `(batch,)`.
+
+    Returns:
+        `params` with the axis of each plate in `index` reduced to its rows; leaves without such a
+        plate as they were.
+
+    Raises:
+        KeyError: a plate that no parameter is annotated with.
+        TypeError: an index that is not a vector of ints.
+
+    Example:
+        >>> declared = {"loc": vi.Param(jnp.arange(4.0), plates=("users",))}
+        >>> vi.take_rows(declared, {"loc": jnp.arange(4.0)}, {"users": jnp.array([2, 0])})
+        {'loc': Array([2., 0.], dtype=float32)}
+    """
+    index = _checked(declared, index, "take_rows")
+
+    def take(plates: tuple[str, ...], leaf: jax.Array) -> jax.Array:
+        for axis, plate in enumerate(plates):
+            if plate in index:
+                leaf = jnp.take(leaf, index[plate], axis=axis)
+        return leaf
+
+    return _map_plates(declared, take, "take_rows", params)
+
+
+def put_rows(declared: Declared, params: Any, rows: Any, index: Mapping[str, jax.Array]) -> Any:
+    """`params` with the rows that `take_rows` gathered replaced by `rows`.
+
+    Args:
+        declared: what `init_params` took.
+        params: arrays in the structure of `declared`.
+        rows: the new rows, as `take_rows` gives them; leaves without a plate in `index` replace
+            the whole leaf.
+        index: for each plate that is subsampled, an int array of its rows, without repeats.
+
+    Returns:
+        The updated pytree; nothing is changed in place.
+
+    Raises:
+        KeyError: a plate that no parameter is annotated with, or names that do not match.
+        TypeError: an index that is not a vector of ints.
+
+    Example:
+        >>> declared = {"loc": vi.Param(jnp.zeros(3), plates=("users",))}
+        >>> rows = {"loc": jnp.array([7.0])}
+        >>> vi.put_rows(declared, {"loc": jnp.zeros(3)}, rows, {"users": jnp.array([1])})
+        {'loc': Array([0., 7., 0.], dtype=float32)}
+    """
+    index = _checked(declared, index, "put_rows")
+
+    def put(plates: tuple[str, ...], leaf: jax.Array, new: jax.Array) -> jax.Array:
+        if not any(plate in index for plate in plates):
+            return new
+        at = [
+            index.get(plate, jnp.arange(size))
+            for plate, size in zip(plates, leaf.shape, strict=False)
+        ]
+        return leaf.at[jnp.ix_(*at)].set(new)
+
+    return _map_plates(declared, put, "put_rows", params, rows)
+
+
+def _map_plates(declared: Declared, f: Any, where: str, first: Any, *rest: Any) -> Any:
+    declared = normalise(declared)
+    first, _, treedef = flatten_like(declared, first, what="params", where=where)
+    rest = tuple(flatten_like(declared, tree, what="rows", where=where)[0] for tree in rest)
+    return treedef.unflatten(
+        jax.tree.map(lambda *leaves, p=param: f(p.plates, *leaves), *subtrees)
+        for param, *subtrees in zip(jax.tree.leaves(declared), first, *rest, strict=True)
+    )
+
+
+def _checked(declared: Declared, index: Mapping[str, Any], where: str) -> dict[str, jax.Array]:
+    plates = dict.fromkeys(
+        plate for param in jax.tree.leaves(normalise(declared)) for plate in param.plates
+    )
+    require_names(list(index), list(plates), what="plates in index", where=where, complete=False)
+    for plate, rows in index.items():
+        rows = jnp.asarray(rows)
+        if rows.ndim != 1 or not jnp.issubdtype(rows.dtype, jnp.integer):
+            raise TypeError(
+                explain(
+                    "An index must be a vector of row numbers.",
+                    expected="an int array of shape (batch,)",
+                    received=f"dtype {rows.dtype}, shape {rows.shape}",
+                    where=f"{where}, plate {plate!r}",
+                )
+            )
+    return {plate: jnp.asarray(rows) for plate, rows in index.items()}
