@@ -1,6 +1,11 @@
 """Variational inference on JAX with no hidden state."""
 
-from vi_params import estimators, guides, noise, objectives
+from vi_params._version import __version__
+
+from vi_params import diagnostics, estimators, fitting, guides, noise, objectives, stopping
+from vi_params._table import Table
+from vi_params.diagnostics import Check, Diagnosis, check, diagnose, draws, summary
+from vi_params.fitting import Fit, Progress, Status, fit
 from vi_params.guide import Draw, Guide, guide
 from vi_params.interop.numpyro import from_numpyro, numpyro_guide
 from vi_params.objectives import Objective, elbo

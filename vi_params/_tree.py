@@ -17,8 +17,25 @@ def path_name(path: tuple) -> str:
 
 
 def leaves_by_path(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree, by path, in the tree's order."""
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    """The leaves of a tree, by path, in the tree's order.
+
+    Raises ValueError where two leaves have one path, as "a/b" and "b" under "a" have.
+    """
+    leaves: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = path_name(path)
+        if name in leaves:
+            raise ValueError(
+                explain(
+                    "Two leaves have the same path.",
+                    expected="paths that differ when their names are joined by slashes",
+                    received=f"{name!r} twice",
+                    where=name,
+                    hint="rename one of them",
+                )
+            )
+        leaves[name] = leaf
+    return leaves
 
 
 def fold_in_name(key: jax.Array, name: str) -> jax.Array:
@@ -98,6 +115,8 @@ def _paths_to_depth(prefix: Any, tree: Any, at: str = "") -> list[str]:
             path = f"{at}/{name}" if at else str(name)
             found += _paths_to_depth(prefix[name], below, path) if name in prefix else [path]
         return found
+    if jax.tree_util.all_leaves([prefix]):
+        return [at]
     if isinstance(prefix, Mapping) or isinstance(tree, Mapping):
         return [f"{at} ({type(tree).__name__})"]
     return [at]

@@ -1,8 +1,10 @@
 """Base noise as an explicit value: how the standard normal draws behind a guide are made.
 
 A family maps noise to draws, so that the choice of noise is one argument of an objective. Each
-scheme gives an array of shape `(num_particles, dim)` whose rows are standard normal, one by one;
-what differs is how they depend on each other.
+scheme gives an array of shape `(num_particles, dim)` whose rows have mean zero and covariance the
+identity. Under `iid`, `antithetic` and `sobol` every row is standard normal and only the dependence
+between rows differs: estimates are unbiased. `moment_matched` and `orthogonal` give that up for
+moments that hold exactly in every array: expectations of quadratics are exact, others are biased.
 """
 
 from collections.abc import Callable
@@ -81,7 +83,8 @@ def orthogonal() -> Noise:
     With num_particles >= 2 dim, the draws' mean is zero and their covariance the identity, both
     exactly: {E, -E} with E = sqrt(h) Q, Q the thin QR factor of an h x dim normal matrix,
     h = num_particles / 2. With fewer, the rows are orthogonal directions of length sqrt(dim), and
-    the moments are exact in expectation.
+    the moments are exact in expectation. The direction of a row is uniform; its length is not that
+    of a normal vector.
 
     Example:
         >>> e = vi.noise.orthogonal().draw(jax.random.key(0), 6, 3)

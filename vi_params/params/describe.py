@@ -1,9 +1,10 @@
 """A table of what is declared."""
 
+import math
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from vi_params._table import Table
 from vi_params._tree import flatten_like, leaves_by_path
@@ -41,11 +42,11 @@ def describe(declared: Declared, params: Any = None) -> Table:
             rows.append(
                 (
                     f"{path}/{below}" if below else path,
-                    str(tuple(leaf.shape)),
-                    str(leaf.dtype),
+                    str(jnp.shape(leaf)),
+                    str(jnp.result_type(leaf)),
                     constraint_name(param.constraint),
                     ", ".join(getattr(param, "plates", ())),
-                    int(np.prod(leaf.shape, dtype=int)),
+                    math.prod(jnp.shape(leaf)),
                 )
             )
     return Table(("path", "shape", "dtype", "constraint", "plates", "size"), tuple(rows))

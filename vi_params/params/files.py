@@ -5,6 +5,7 @@ import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
@@ -38,9 +39,10 @@ def save_params(path: str | os.PathLike, declared: Declared, params: Any) -> Non
         >>> vi.load_params(file, declared)
         {'loc': Array([1., 1.], dtype=float32)}
     """
+    params = jax.tree.map(jnp.asarray, params)
     table = describe(declared, params)
-    constraint = dict(zip(table["path"], table["constraint"], strict=True))
-    metadata = {"format": FORMAT, "constraints": json.dumps(constraint)}
+    entries = {path: [dtype, constraint] for path, _, dtype, constraint, _, _ in table.rows}
+    metadata = {"format": FORMAT, "declared": json.dumps(entries)}
     path = os.fspath(path)
     partial = f"{path}.{os.getpid()}.partial"
     try:
@@ -89,9 +91,10 @@ def load_params(path: str | os.PathLike, declared: Declared) -> Any:
             )
         )
     require_names(list(arrays), list(expected["path"]), what="parameters in the file", where=path)
-    saved = json.loads(metadata["constraints"])
+    # the dtype comes from the record: without x64, reading narrows float64 to float32
+    saved = json.loads(metadata["declared"])
     for name, shape, dtype, constraint, _, _ in expected.rows:
-        received = (str(tuple(arrays[name].shape)), str(arrays[name].dtype), saved[name])
+        received = (str(tuple(arrays[name].shape)), *saved[name])
         if received != (shape, dtype, constraint):
             raise ValueError(
                 explain(

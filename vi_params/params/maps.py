@@ -5,11 +5,13 @@ u = T^-1(x) and the value is x = T(u). All maps are pure; they can be jitted, vm
 differentiated.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpyro.distributions import constraints
 
 from vi_params._check import explain, require_key
 from vi_params._tree import flatten_like, fold_in_name, is_traced, leaves_by_path, path_name, strong
@@ -53,7 +55,7 @@ def init_params(declared: Declared, key: jax.Array) -> dict[str, Any]:
                 )
             )
         init = param.init
-        value = init(fold_in_name(key, name)) if callable(init) else init
+        value = init(fold_in_name(key, name)) if _is_function(init) else init
         leaves = leaves_by_path(value)
         if not leaves:
             raise ValueError(
@@ -69,7 +71,16 @@ def init_params(declared: Declared, key: jax.Array) -> dict[str, Any]:
             _check_start(param, leaf, f"{name}/{below}" if below else name)
         return jax.tree.map(lambda leaf: strong(transform.inv(strong(leaf))), value)
 
-    return jax.tree_util.tree_map_with_path(start, normalise(declared))
+    declared = normalise(declared)
+    leaves_by_path(declared)  # two leaves with one path would share their key
+    return jax.tree_util.tree_map_with_path(start, declared)
+
+
+def _is_function(init: Any) -> bool:
+    """Whether `init` makes the start from a key; the weights of a network may be callable too."""
+    if isinstance(init, functools.partial):
+        return True
+    return callable(init) and jax.tree_util.all_leaves([init])
 
 
 def abstract_params(declared: Declared) -> dict[str, Any]:
@@ -123,7 +134,7 @@ def unconstrain(declared: Declared, values: Any) -> dict[str, Any]:
     return _map_leaves(
         declared,
         values,
-        lambda transform, x: strong(transform.inv(strong(x))),
+        lambda transform, x: strong(transform.inv(_inexact(x))),
         "values",
         "unconstrain",
     )
@@ -151,11 +162,18 @@ def constrain_with_log_det(declared: Declared, params: Any) -> tuple[dict[str, A
 
     def forward(transform: Any, u: jax.Array) -> jax.Array:
         x = transform(u)
-        log_dets.append(jnp.sum(transform.log_abs_det_jacobian(u, x)))
+        # the transform onto the complex numbers gives a complex zero
+        log_dets.append(jnp.sum(jnp.real(transform.log_abs_det_jacobian(u, x))))
         return x
 
     values = _map_leaves(declared, params, forward, "params", "constrain_with_log_det")
     return values, jnp.sum(jnp.stack(log_dets))
+
+
+def _inexact(x: Any) -> jax.Array:
+    """`x` as a strong floating (or complex) array."""
+    x = strong(x)
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.result_type(float))
 
 
 def _map_leaves(declared: Declared, tree: Any, f: Any, what: str, where: str) -> Any:
@@ -174,12 +192,13 @@ def _map_leaves(declared: Declared, tree: Any, f: Any, what: str, where: str) ->
 def _check_start(param: Param, value: Any, name: str) -> None:
     """Raises unless `value` is a floating array inside the constraint, of a shape that fits it."""
     constraint = constraint_name(param.constraint)
-    if not jnp.issubdtype(jnp.result_type(value), jnp.inexact):
+    dtype = getattr(value, "dtype", np.dtype(type(value)))
+    if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(
             explain(
                 "A parameter must start at floating-point numbers.",
                 expected="a floating dtype",
-                received=f"{value!r} of dtype {jnp.result_type(value)}",
+                received=f"{value!r} of dtype {dtype}",
                 where=name,
                 hint="write 1.0 for 1; keep integers and functions out of the weights (partition "
                 "the network first)",
@@ -187,26 +206,42 @@ def _check_start(param: Param, value: Any, name: str) -> None:
         )
     shape = jnp.shape(value)
     transform = bijector(param.constraint, name)
+    reason, free, image = None, None, None
     try:
-        fits = jax.eval_shape(lambda x: transform(transform.inv(x)), value).shape == shape
-    except (ValueError, TypeError, IndexError, AssertionError):
-        fits = False
+        free = jax.eval_shape(transform.inv, value)
+        image = jax.eval_shape(transform, free)
+    except (ValueError, TypeError, IndexError, AssertionError, NotImplementedError) as error:
+        reason = error
     batch_ndim = len(shape) - param.constraint.event_dim
-    if not fits or batch_ndim < len(param.plates):
+    if image is None or image.shape != shape or batch_ndim < len(param.plates):
         raise ValueError(
             explain(
                 "The shape of a start does not fit its declaration.",
                 expected=f"a shape that {constraint} has"
                 + (f", led by the plates {param.plates}" if param.plates else ""),
-                received=f"shape {shape}",
+                received=f"shape {shape}, dtype {dtype}",
                 where=name,
                 hint="give the start its full shape, the constraint's event and plates included",
+            )
+        ) from reason
+    if free is not None and jnp.issubdtype(free.dtype, jnp.complexfloating):
+        raise TypeError(
+            explain(
+                "A complex start needs the complex constraint.",
+                expected=f"a real floating dtype for {constraint}",
+                received=f"dtype {dtype}",
+                where=name,
+                hint="constraint=constraints.complex trains the real and the imaginary part",
             )
         )
     if is_traced(value) or is_traced(param.constraint):
         return
     with jax.ensure_compile_time_eval():
-        inside = np.all(np.isfinite(value)) and np.all(param.constraint(np.asarray(value)))
+        numbers = np.asarray(value)
+        if numbers.dtype.itemsize < 4:  # numpy's finfo and linalg know no bfloat16
+            numbers = numbers.astype(np.float32)
+        inside = np.all(np.isfinite(numbers)) and np.all(param.constraint(numbers))
+        inside = inside and not _on_boundary(param.constraint, numbers)
         inside = inside and np.all(np.isfinite(transform.inv(strong(value))))
     if not inside:
         raise ValueError(
@@ -217,3 +252,17 @@ def _check_start(param: Param, value: Any, name: str) -> None:
                 where=name,
             )
         )
+
+
+def _on_boundary(constraint: Any, x: np.ndarray) -> bool:
+    """Whether `x` is on the boundary of a closed set whose bijector clips there.
+
+    The inverse is finite there, but so far out that gradients vanish.
+    """
+    while isinstance(constraint, constraints.independent):
+        constraint = constraint.base_constraint
+    if isinstance(constraint, type(constraints.simplex)):
+        return x.shape[-1] > 1 and bool(np.any(x <= 0))
+    if isinstance(constraint, type(constraints.l1_ball)):
+        return bool(np.any(np.sum(np.abs(x), axis=-1) >= 1))
+    return False

@@ -1,7 +1,7 @@
 """Rows of plate-annotated parameters: gathered for a minibatch, scattered back after it.
 
 A plate indexes a leading axis, and bijectors act on trailing axes only, so that rows of the
-unconstrained array are the rows of the value.
+unconstrained array are the rows of the value. Bounds that differ between rows would break that.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from vi_params._check import explain, require_names
 from vi_params._tree import flatten_like
-from vi_params.params.declare import Declared, normalise
+from vi_params.params.declare import Declared, Param, bijector, constraint_name, normalise
 
 
 def take_rows(declared: Declared, params: Any, index: Mapping[str, jax.Array]) -> Any:
@@ -30,6 +30,7 @@ def take_rows(declared: Declared, params: Any, index: Mapping[str, jax.Array]) -
     Raises:
         KeyError: a plate that no parameter is annotated with.
         TypeError: an index that is not a vector of ints.
+        ValueError: a constraint whose bounds differ between the rows of a plate in `index`.
 
     Example:
         >>> declared = {"loc": vi.Param(jnp.arange(4.0), plates=("users",))}
@@ -38,8 +39,9 @@ def take_rows(declared: Declared, params: Any, index: Mapping[str, jax.Array]) -
     """
     index = _checked(declared, index, "take_rows")
 
-    def take(plates: tuple[str, ...], leaf: jax.Array) -> jax.Array:
-        for axis, plate in enumerate(plates):
+    def take(param: Param, path: str, leaf: jax.Array) -> jax.Array:
+        _require_like_rows(param, path, leaf, index)
+        for axis, plate in enumerate(param.plates):
             if plate in index:
                 leaf = jnp.take(leaf, index[plate], axis=axis)
         return leaf
@@ -63,6 +65,7 @@ def put_rows(declared: Declared, params: Any, rows: Any, index: Mapping[str, jax
     Raises:
         KeyError: a plate that no parameter is annotated with, or names that do not match.
         TypeError: an index that is not a vector of ints.
+        ValueError: rows of another shape than `take_rows` gives.
 
     Example:
         >>> declared = {"loc": vi.Param(jnp.zeros(3), plates=("users",))}
@@ -72,12 +75,25 @@ def put_rows(declared: Declared, params: Any, rows: Any, index: Mapping[str, jax
     """
     index = _checked(declared, index, "put_rows")
 
-    def put(plates: tuple[str, ...], leaf: jax.Array, new: jax.Array) -> jax.Array:
-        if not any(plate in index for plate in plates):
+    def put(param: Param, path: str, leaf: jax.Array, new: jax.Array) -> jax.Array:
+        leaf, shape = jnp.asarray(leaf), list(jnp.shape(leaf))
+        for axis, plate in enumerate(param.plates):
+            if plate in index:
+                shape[axis] = len(index[plate])
+        if jnp.shape(new) != tuple(shape):
+            raise ValueError(
+                explain(
+                    "Rows do not fit their index.",
+                    expected=f"rows of shape {tuple(shape)}, as take_rows gives them",
+                    received=f"shape {jnp.shape(new)}",
+                    where=f"put_rows, {path}",
+                )
+            )
+        if not any(plate in index for plate in param.plates):
             return new
         at = [
             index.get(plate, jnp.arange(size))
-            for plate, size in zip(plates, leaf.shape, strict=False)
+            for plate, size in zip(param.plates, leaf.shape, strict=False)
         ]
         return leaf.at[jnp.ix_(*at)].set(new)
 
@@ -86,15 +102,26 @@ def put_rows(declared: Declared, params: Any, rows: Any, index: Mapping[str, jax
 
 def _map_plates(declared: Declared, f: Any, where: str, first: Any, *rest: Any) -> Any:
     declared = normalise(declared)
-    first, _, treedef = flatten_like(declared, first, what="params", where=where)
+    first, paths, treedef = flatten_like(declared, first, what="params", where=where)
     rest = tuple(flatten_like(declared, tree, what="rows", where=where)[0] for tree in rest)
     return treedef.unflatten(
-        jax.tree.map(lambda *leaves, p=param: f(p.plates, *leaves), *subtrees)
-        for param, *subtrees in zip(jax.tree.leaves(declared), first, *rest, strict=True)
+        jax.tree.map(lambda *leaves, p=param, at=path: f(p, at, *leaves), *subtrees)
+        for param, path, *subtrees in zip(
+            jax.tree.leaves(declared), paths, first, *rest, strict=True
+        )
     )
 
 
 def _checked(declared: Declared, index: Mapping[str, Any], where: str) -> dict[str, jax.Array]:
+    if not isinstance(index, Mapping):
+        raise TypeError(
+            explain(
+                "The index must be a mapping.",
+                expected="a mapping from the names of plates to int arrays",
+                received=type(index).__name__,
+                where=where,
+            )
+        )
     plates = dict.fromkeys(
         plate for param in jax.tree.leaves(normalise(declared)) for plate in param.plates
     )
@@ -111,3 +138,33 @@ def _checked(declared: Declared, index: Mapping[str, Any], where: str) -> dict[s
                 )
             )
     return {plate: jnp.asarray(rows) for plate, rows in index.items()}
+
+
+def _require_like_rows(param: Param, path: str, leaf: Any, index: Mapping[str, Any]) -> None:
+    """Raises unless the constraint maps any number of rows, one as the other.
+
+    Bounds with an axis for the plate would meet the rows in the wrong order: here they do not
+    broadcast with one row more.
+    """
+    axes = [axis for axis, plate in enumerate(param.plates) if plate in index]
+    if not axes:
+        return
+    shape = tuple(size + (axis in axes) for axis, size in enumerate(jnp.shape(leaf)))
+    more = jax.ShapeDtypeStruct(shape, jnp.result_type(leaf))
+    transform = bijector(param.constraint, path)
+    for f in (transform, transform.inv):  # the leaf is an unconstrained array, or a value
+        try:
+            image = jax.eval_shape(f, more).shape
+        except (ValueError, TypeError, IndexError, AssertionError):
+            continue
+        if image[: len(param.plates)] == shape[: len(param.plates)]:
+            return
+    raise ValueError(
+        explain(
+            "The constraint differs between the rows of a plate.",
+            expected=f"one set for every row of {', '.join(param.plates)}",
+            received=constraint_name(param.constraint),
+            where=f"take_rows, {path}",
+            hint="constrain to a common set and rescale the value in the model or guide",
+        )
+    )

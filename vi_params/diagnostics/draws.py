@@ -1,0 +1,80 @@
+"""Draws from a trained guide."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from vi_params._cache import program
+from vi_params._check import require_count, require_key
+from vi_params._tree import pick
+from vi_params.guide import Guide, joint_data, matched
+from vi_params.params import constrain
+from vi_params.target import Target
+
+
+def draws(
+    target: Target,
+    guide: Guide,
+    params: Any,
+    key: jax.Array,
+    num_draws: int,
+    data: Any = None,
+    *,
+    batch_size: int | None = None,
+) -> dict[str, jax.Array]:
+    """Draws of the latents, with the quantities that the model computes from them.
+
+    Args:
+        target: what was approximated.
+        guide: by what.
+        params: unconstrained parameters, `fit.params`.
+        key: a typed random key.
+        num_draws: how many.
+        data: the data of the model's deterministic sites; the target's own where None.
+        batch_size: how many draws are made at once; all where None.
+
+    Returns:
+        name -> array with leading axis `num_draws`: the constrained latents, then the target's
+        deterministic sites.
+
+    Raises:
+        ValueError: num_draws < 1.
+        TypeError: `key` is not a typed key.
+
+    Example:
+        >>> target = vi.target(lambda v, z, d: -0.5 * jnp.sum(z["z"] ** 2), {"z": vi.Latent((2,))})
+        >>> guide = vi.guides.mean_field(target)
+        >>> params = vi.init_params(guide.declared, jax.random.key(0))
+        >>> vi.draws(target, guide, params, jax.random.key(1), 5)["z"].shape
+        (5, 2)
+    """
+    require_key(key, "draws")
+    require_count(num_draws, "num_draws", "draws")
+    data = joint_data(target, guide) if data is None else data
+    return program(_draws, target, guide, num_draws, batch_size)(params, key, data)
+
+
+def _draws(target: Target, guide: Guide, num_draws: int, batch_size: int | None) -> Callable:
+    guide = matched(target, guide)
+
+    @jax.jit
+    def compiled(params: Any, key: jax.Array, data: Any) -> dict[str, jax.Array]:
+        values = constrain(target.declared, pick(params, target.declared))
+
+        def one(noise: Any) -> dict[str, jax.Array]:
+            latents = guide.transform(params, noise, data).latents
+            return {**latents, **target.deterministic(values, latents, data)}
+
+        return over_noise(one, guide.noise(key, num_draws), batch_size)
+
+    return compiled
+
+
+def over_noise(f: Callable[[Any], Any], noise: Any, batch_size: int | None) -> Any:
+    """`f` at every particle's noise, `batch_size` of them at once."""
+    num = jax.tree.leaves(noise)[0].shape[0]
+    if batch_size is None or batch_size >= num:
+        return jax.vmap(f)(noise)
+    return jax.lax.map(f, noise, batch_size=batch_size)
+

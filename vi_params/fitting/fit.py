@@ -1,0 +1,234 @@
+"""The host loop for people: compiled calls, a progress bar, a stopping rule, restarts."""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm.auto import tqdm
+
+from vi_params._cache import program
+from vi_params._check import explain, require_count, require_key
+from vi_params._tree import fold_in_name
+from vi_params.diagnostics.check import check_objective
+from vi_params.fitting.interrupt import Interrupt
+from vi_params.fitting.lanes import CONVERGED, INVALID, RUNNING, STUCK, Lanes, Programs, programs
+from vi_params.fitting.optimizer import default_optimizer
+from vi_params.fitting.result import Fit, Progress, Status, assemble
+from vi_params.fitting.stopping import Stopping, plateau
+from vi_params.objectives.objective import Objective, resolve
+from vi_params.params import init_params
+from vi_params.svi import require_params
+
+CALL_SECONDS = 0.2
+"""How long one compiled call should take: the bar moves, and Ctrl-C is heard, that often."""
+
+OUTCOMES = {
+    RUNNING: Status.NUM_STEPS,
+    CONVERGED: Status.CONVERGED,
+    STUCK: Status.STUCK,
+    INVALID: Status.INVALID_START,
+}
+
+
+def fit(
+    objective: Objective,
+    optimizer: optax.GradientTransformation | None = None,
+    *,
+    key: jax.Array,
+    num_steps: int = 20_000,
+    data: Any = None,
+    restarts: int = 1,
+    stop: Stopping | None = None,
+    progress: bool = True,
+    params: Any = None,
+    callbacks: Sequence[Callable[[Progress], Any]] = (),
+) -> Fit:
+    """The parameters that minimise an objective.
+
+    The steps run in compiled calls; a second fit of the same objective, optimiser and shapes
+    compiles nothing. All restarts run side by side in one program, each from its own start and with
+    its own keys, and each is frozen when it has stopped. What a restart does depends on `key` and
+    its number alone: not on how many others there are, nor on how the calls are cut.
+
+    Args:
+        objective: what to minimise.
+        optimizer: any optax transformation; by default Adam at rate 0.05, halved whenever the loss
+            stays level.
+        key: a typed random key.
+        num_steps: how many steps to make at most.
+        data: the data; the objective's own where None.
+        restarts: how many starts to fit.
+        stop: when to stop before `num_steps`: `vi.stopping.plateau()` by default, or
+            `vi.stopping.never()`.
+        progress: whether to show a progress bar.
+        params: unconstrained parameters to start from, for one restart.
+        callbacks: functions of a `Progress`, called after every compiled call; one that returns
+            True ends the fit.
+
+    Returns:
+        A `Fit`: the restart with the highest ELBO under common random numbers, and all others.
+        Ctrl-C ends the fit and returns what was reached.
+
+    Raises:
+        ValueError: no restart had a finite loss and gradient at any of 100 starts; the message says
+            which site is not finite. num_steps < 1, restarts < 1.
+        KeyError: names of `params` or `data` do not match.
+        TypeError: `key` is not a typed key, or `optimizer` no optax transformation.
+
+    Example:
+        >>> target = vi.target(lambda v, z, d: -0.5 * jnp.sum(z["z"] ** 2), {"z": vi.Latent((2,))})
+        >>> objective = vi.elbo(target, vi.guides.mean_field(target), num_particles=10)
+        >>> fit = vi.fit(objective, key=jax.random.key(0), progress=False)
+        >>> fit.status.name
+        'CONVERGED'
+    """
+    require_key(key, "fit")
+    require_count(num_steps, "num_steps", "fit")
+    require_count(restarts, "restarts", "fit")
+    data = resolve(objective, data)
+    if params is not None:
+        require_params(objective, params)
+        if restarts > 1:
+            raise ValueError(
+                explain(
+                    "Given parameters are one start.",
+                    expected="restarts=1 with params=",
+                    received=f"restarts={restarts}",
+                    where="fit",
+                )
+            )
+    stop = stop or plateau()
+    optimizer = default_optimizer() if optimizer is None else optimizer
+    compiled: Programs = program(programs, objective, optimizer, stop, restarts)
+
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(restarts))
+    start_keys = jax.vmap(lambda k: fold_in_name(k, "start"))(keys)
+    step_keys = jax.vmap(lambda k: fold_in_name(k, "step"))(keys)
+    lanes = compiled.begin(start_keys, params, data)
+    _require_valid(objective, lanes, start_keys, params, data)
+
+    lanes, losses, interrupted = _loop(
+        compiled, stop, lanes, step_keys, num_steps, data, progress, callbacks
+    )
+    statuses = [OUTCOMES[int(outcome)] for outcome in np.asarray(lanes.outcome)]
+    if interrupted:
+        statuses = [
+            Status.INTERRUPTED if status is Status.NUM_STEPS else status for status in statuses
+        ]
+    if restarts > 1:
+        compared = compiled.compare(lanes.state.params, fold_in_name(key, "compare"), data)
+        elbos, ses, differences = (np.asarray(x) for x in compared)
+    else:
+        elbos, ses = _tail(losses)
+        differences = np.zeros(1)
+    return assemble(
+        lanes.state, losses, statuses, np.asarray(lanes.skipped), elbos, ses, differences
+    )
+
+
+def _loop(
+    compiled: Programs,
+    stop: Stopping,
+    lanes: Lanes,
+    keys: jax.Array,
+    num_steps: int,
+    data: Any,
+    progress: bool,
+    callbacks: Sequence[Callable[[Progress], Any]],
+) -> tuple[Lanes, np.ndarray, bool]:
+    """Calls until all steps are made, all restarts have stopped, or someone wants to end.
+
+    One call is always under way while the record of the one before it is read.
+    """
+    records: list[np.ndarray] = []
+    sent = read = 0
+    count = stop.every
+    waiting: list[tuple[int, jax.Array, jax.Array]] = []
+    ended = False
+    bar = tqdm(total=num_steps, disable=not progress, file=sys.stderr, unit="step")
+    with Interrupt() as interrupt, bar:
+        before = time.perf_counter()
+        while (sent < num_steps and not ended) or waiting:
+            try:
+                if sent < num_steps and not ended:
+                    n = min(count, num_steps - sent)
+                    lanes, record = compiled.advance(lanes, keys, jnp.int32(n), data)
+                    waiting.append((n, record, lanes.outcome.copy()))
+                    sent += n
+                    if len(waiting) < 2 and sent < num_steps:
+                        continue
+                n, record, outcome = waiting.pop(0)
+                record = np.asarray(record)[:, :n]
+                running = np.asarray(outcome) == RUNNING
+                records.append(record)
+                read += n
+                now = time.perf_counter()
+                count = _next_count(count, now - before, stop.every, compiled.capacity)
+                before = now
+                bar.update(n)
+                bar.set_postfix_str(_postfix(record, running), refresh=False)
+                stopped = [
+                    callback(Progress(read, record, running)) is True for callback in callbacks
+                ]
+                if any(stopped) or interrupt.wanted:
+                    interrupt.wanted = True
+                    ended = True
+                ended = ended or not running.any()
+            except KeyboardInterrupt:
+                interrupt.wanted = ended = True
+        steps = int(np.max(np.asarray(lanes.state.step)))
+    losses = np.concatenate(records, axis=1) if records else np.zeros((len(keys), 0))
+    return lanes, losses[:, :steps], interrupt.wanted
+
+
+def _next_count(count: int, seconds: float, every: int, capacity: int) -> int:
+    """How many steps the next call makes, for it to take about `CALL_SECONDS`; whole looks."""
+    wanted = count * min(4.0, CALL_SECONDS / max(seconds, 1e-9))
+    return min(capacity, max(1, round(wanted / every)) * every)
+
+
+def _postfix(record: np.ndarray, running: np.ndarray) -> str:
+    """The best lane's recent ELBO, and how many restarts go on."""
+    recent = record[:, -100:]
+    known = np.isfinite(recent)
+    if not known.any():
+        return ""
+    means = [np.mean(row[ok]) for row, ok in zip(recent, known, strict=True) if ok.any()]
+    text = f"ELBO {-min(means):.2f}"
+    return f"{text}, {running.sum()} of {len(running)} running" if len(running) > 1 else text
+
+
+def _tail(losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard error of minus the last losses that are finite."""
+    last = losses[0, -max(1, min(1000, losses.shape[1] // 4)) :]
+    last = last[np.isfinite(last)]
+    if last.size == 0:
+        return np.array([np.nan]), np.array([np.nan])
+    return np.array([-last.mean()]), np.array([last.std() / np.sqrt(last.size)])
+
+
+def _require_valid(
+    objective: Objective, lanes: Lanes, keys: jax.Array, params: Any, data: Any
+) -> None:
+    """Raises, saying why, where no restart has a valid start."""
+    if np.any(np.asarray(lanes.outcome) == RUNNING):
+        return
+    if params is None:
+        params = init_params(objective.declared, jax.random.fold_in(keys[0], 0))
+    report = check_objective(objective, params, keys[0], data)
+    problems = "; ".join(report.problems) or "the gradient with respect to the parameters"
+    raise ValueError(
+        explain(
+            "No start has a finite loss and gradient.",
+            expected="a finite log density and gradient at one of 100 starts",
+            received=problems,
+            where="fit",
+            hint="choose the start (init= of the guide) or mend the model; vi.check(target, key) "
+            f"shows every site:\n{report}",
+        )
+    )

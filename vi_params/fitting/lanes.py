@@ -1,0 +1,160 @@
+"""The compiled programs of a fit: all restarts side by side, each frozen when it has stopped."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from vi_params._tree import where_tree
+from vi_params.fitting.stopping import Stopping
+from vi_params.objectives.objective import Objective
+from vi_params.svi import BLOCK, Start, State, noise_of_steps, noise_size, svi
+
+RUNNING, CONVERGED, STUCK, INVALID = range(4)
+
+CALL = 4096
+"""How many steps one call makes at most; the length of its record of losses."""
+
+EVALUATIONS = 1000
+"""How many draws the final comparison of restarts takes at least."""
+
+
+class Lanes(NamedTuple):
+    """All restarts; every leaf has them as its leading axis.
+
+    Attributes:
+        state: their `State`.
+        memory: what the stopping rule remembers.
+        outcome: RUNNING, CONVERGED, STUCK or INVALID.
+        skipped: how many steps were not taken.
+    """
+
+    state: State
+    memory: Any
+    outcome: jax.Array
+    skipped: jax.Array
+
+
+class Programs(NamedTuple):
+    """What the host loop calls, compiled.
+
+    Attributes:
+        begin: `(keys, params, data) -> Lanes`; `params` None or those of one start.
+        advance: `(lanes, keys, count, data) -> (lanes, losses)`: `count` more steps, at most
+            `capacity`; losses of shape `(restarts, capacity)`, NaN where no step was made.
+        compare: `(params, key, data) -> (elbos, ses, ses of differences)` by common random numbers.
+        capacity: how many steps one call can make.
+    """
+
+    begin: Callable[..., Lanes]
+    advance: Callable[..., tuple[Lanes, jax.Array]]
+    compare: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+    capacity: int
+
+
+def programs(
+    objective: Objective, optimizer: optax.GradientTransformation, stop: Stopping, restarts: int
+) -> Programs:
+    """The programs of a fit with that many restarts."""
+    inference = svi(objective, optimizer)
+    every = stop.every
+    capacity = max(1, CALL // every) * every
+    ahead = every * noise_size(inference) * restarts <= BLOCK
+    lanewise = jax.vmap if restarts > 1 else _one_lane
+
+    def steps(state: State, key: jax.Array, count: jax.Array, data: Any) -> Any:
+        """`count` <= `every` steps: the state, its losses, and how many steps were skipped."""
+        first = state.step
+        drawn = noise_of_steps(inference, key, first, every) if ahead else None
+
+        def one(i: jax.Array, carry: Any) -> Any:
+            state, losses, skipped = carry
+            if drawn is None:
+                noise = inference.noise(jax.random.fold_in(key, first + i))
+            else:
+                noise = jax.tree.map(lambda leaf: leaf[i], drawn)
+            state, info = inference.update(state, noise, data)
+            return state, losses.at[i].set(info.loss), skipped + info.skipped
+
+        blank = jnp.full(every, jnp.nan)
+        return lax.fori_loop(0, count, one, (state, blank, jnp.int32(0)))
+
+    def block(lane: Lanes, key: jax.Array, count: jax.Array, data: Any) -> Any:
+        state, losses, skipped = steps(lane.state, key, count, data)
+        memory, level = stop.update(stop.options, lane.memory, losses)
+        whole = count == every
+        outcome = jnp.where(
+            skipped == every, STUCK, jnp.where(whole & level, CONVERGED, lane.outcome)
+        )
+        memory = where_tree(whole, memory, lane.memory)
+        new = Lanes(state, memory, outcome, lane.skipped + skipped)
+        if restarts == 1:  # the loop ends where its only lane stops: nothing to hold back
+            return new, losses
+        running = lane.outcome == RUNNING
+        return where_tree(running, new, lane), jnp.where(running, losses, jnp.nan)
+
+    def advance(lanes: Lanes, keys: jax.Array, count: jax.Array, data: Any) -> Any:
+        def go_on(carry: Any) -> jax.Array:
+            done, lanes, _ = carry
+            return (done < count) & jnp.any(lanes.outcome == RUNNING)
+
+        def body(carry: Any) -> Any:
+            done, lanes, record = carry
+            n = jnp.minimum(every, count - done)
+            lanes, losses = lanewise(lambda lane, key: block(lane, key, n, data))(lanes, keys)
+            return done + n, lanes, lax.dynamic_update_slice(record, losses, (0, done))
+
+        record = jnp.full((restarts, capacity), jnp.nan)
+        _, lanes, record = lax.while_loop(go_on, body, (jnp.int32(0), lanes, record))
+        return lanes, record
+
+    def begin(keys: jax.Array, params: Any, data: Any) -> Lanes:
+        def one(key: jax.Array) -> Lanes:
+            start: Start = inference.start(key, params, data)
+            memory = stop.init(stop.options)
+            outcome = jnp.where(start.valid, RUNNING, INVALID).astype(jnp.int32)
+            return Lanes(start.state, memory, outcome, jnp.int32(0))
+
+        return lanewise(one)(keys)
+
+    return Programs(
+        jax.jit(begin),
+        jax.jit(advance, donate_argnums=0),
+        jax.jit(_compare(objective)),
+        capacity,
+    )
+
+
+def _compare(objective: Objective) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
+    """The ELBO of every lane at the same noise, with standard errors."""
+
+    def compare(params: Any, key: jax.Array, data: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        noise = jax.eval_shape(objective.noise, key)
+        particles = jax.tree.leaves(noise)[0].shape[0]
+        repeats = -(-EVALUATIONS // particles)
+        keys = jax.random.split(key, repeats)
+
+        def all_lanes(key: jax.Array) -> jax.Array:
+            noise = objective.noise(key)
+            return jax.vmap(lambda p: -objective.evaluate(p, noise, data)[0])(params)
+
+        elbos = lax.map(all_lanes, keys).T
+        means = jnp.mean(elbos, axis=1)
+        best = jnp.argmax(jnp.where(jnp.isfinite(means), means, -jnp.inf))
+        root = jnp.sqrt(repeats)
+        return means, jnp.std(elbos, axis=1) / root, jnp.std(elbos - elbos[best], axis=1) / root
+
+    return compare
+
+
+def _one_lane(f: Callable) -> Callable:
+    """`vmap` over a leading axis of length one, without a batched program."""
+
+    def lifted(*args: Any) -> Any:
+        out = f(*jax.tree.map(lambda leaf: leaf[0], args))
+        return jax.tree.map(lambda leaf: leaf[None], out)
+
+    return lifted

@@ -1,0 +1,155 @@
+"""What a fit hands back."""
+
+import dataclasses
+import enum
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from vi_params._table import Table
+from vi_params.svi import State
+
+
+class Status(enum.Enum):
+    """How a restart ended; the value is the message."""
+
+    RUNNING = "is running"
+    CONVERGED = "the loss has levelled off"
+    NUM_STEPS = "all steps were made; the loss may still be falling"
+    INTERRUPTED = "interrupted; this is what was reached"
+    STUCK = "no step could be taken any more: loss, gradient or update were not finite"
+    INVALID_START = "no start with a finite loss and gradient was found"
+
+
+class Progress(NamedTuple):
+    """What callbacks are told.
+
+    Attributes:
+        step: how many steps were made.
+        losses: the losses since the last call, shape `(restarts, steps)`; NaN where a restart had
+            stopped.
+        running: which restarts go on, shape `(restarts,)`.
+    """
+
+    step: int
+    losses: np.ndarray
+    running: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """A finished fit: the best restart, and all of them.
+
+    Attributes:
+        params: the unconstrained parameters of the best restart.
+        state: its `State`, to go on from.
+        losses: its losses, shape `(steps,)`.
+        status: how it ended.
+        steps: how many steps it made.
+        skipped: how many of them were not taken because something was not finite.
+        elbo: minus its loss at the end, in nats: by common random numbers where there were several
+            restarts, else the average over the last steps.
+        elbo_se: the standard error of `elbo`.
+        best: which restart it was.
+        restarts: a table of all restarts.
+        message: how it went, in words.
+        all_states: the states of all restarts, leading axis the restarts.
+        all_losses: their losses, shape `(restarts, steps)`, NaN after a restart had stopped.
+    """
+
+    params: Any
+    state: State
+    losses: np.ndarray
+    status: Status
+    steps: int
+    skipped: int
+    elbo: float
+    elbo_se: float
+    best: int
+    restarts: Table
+    message: str
+    all_states: State
+    all_losses: np.ndarray
+
+    def __repr__(self) -> str:
+        text = (
+            f"Fit: {self.status.name}, {self.status.value}.\n"
+            f"ELBO {self.elbo:.3f} (se {self.elbo_se:.3f}) after {self.steps} steps"
+        )
+        if self.skipped:
+            text += f", {self.skipped} of them skipped (not finite)"
+        text += f".\n{self.message}" if self.message else "."
+        if len(self.restarts) > 1:
+            text += f"\n{self.restarts}"
+        return text
+
+    __str__ = __repr__
+
+
+def assemble(
+    states: State,
+    losses: np.ndarray,
+    statuses: list[Status],
+    skipped: np.ndarray,
+    elbos: np.ndarray,
+    elbo_ses: np.ndarray,
+    differences_se: np.ndarray,
+) -> Fit:
+    """The `Fit` of all restarts: the best chosen, the others compared with it.
+
+    Args:
+        states: the states of all restarts.
+        losses: shape `(restarts, steps)`.
+        statuses: how each ended.
+        skipped: how many steps of each were skipped.
+        elbos: the final ELBO of each.
+        elbo_ses: their standard errors.
+        differences_se: the standard errors of the paired differences from the best.
+    """
+    steps = np.asarray(states.step)
+    best = int(np.argmax(np.where(np.isfinite(elbos), elbos, -np.inf)))
+    state = jax.tree.map(lambda leaf: leaf[best], states)
+    rows = tuple(
+        (i, float(elbos[i]), float(elbo_ses[i]), int(steps[i]), int(skipped[i]), statuses[i].name)
+        for i in np.argsort(-np.where(np.isfinite(elbos), elbos, -np.inf), kind="stable").tolist()
+    )
+    columns = ("restart", "elbo", "se", "steps", "skipped", "status")
+    return Fit(
+        params=state.params,
+        state=state,
+        losses=losses[best, : int(steps[best])],
+        status=statuses[best],
+        steps=int(steps[best]),
+        skipped=int(skipped[best]),
+        elbo=float(elbos[best]),
+        elbo_se=float(elbo_ses[best]),
+        best=best,
+        restarts=Table(columns, rows),
+        message=_compare(elbos, differences_se, best),
+        all_states=states,
+        all_losses=losses,
+    )
+
+
+AGREEMENT = 0.1
+"""Restarts agree if their ELBOs differ by less than this many nats, or by noise."""
+
+
+def _compare(elbos: np.ndarray, differences_se: np.ndarray, best: int) -> str:
+    """Whether the restarts agree, in words."""
+    if len(elbos) == 1:
+        return ""
+    gap = elbos[best] - elbos
+    finite = np.isfinite(gap)
+    near = finite & (gap <= np.maximum(AGREEMENT, 3 * np.nan_to_num(differences_se)))
+    told = f"{int(near.sum())} of {len(elbos)} restarts agree on the best ELBO"
+    if near.all():
+        return told + "."
+    far = finite & ~near
+    told += ": the restarts DISAGREE"
+    if far.any():
+        told += f" (the worst ended {float(gap[far].max()):.3g} nats lower)"
+    if not finite.all():
+        told += f"; {int((~finite).sum())} failed"
+    return told + ". Several optima, or not converged: look at fit.restarts."
