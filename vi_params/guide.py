@@ -283,8 +283,8 @@ def _require_supports(target: Target, guide: Guide, data: Any) -> None:
         params = init_params(joint_declared(target, guide), key)
         found = distributions(params, data)
         answers = {}
-        for name, latent in questions.items():
-            support = found[name].support
+        for name in (name for name in questions if name in found):
+            latent, support = questions[name], found[name].support
             seen[name] = constraint_name(support)
             if support.is_discrete:
                 answers[name] = jnp.bool_(False)

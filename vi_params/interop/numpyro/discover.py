@@ -53,6 +53,7 @@ def trace(program: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Trace:
             return handlers.trace(program).get_trace(*args, **kwargs)
         except (
             jax.errors.ConcretizationTypeError,
+            jax.errors.NonConcreteBooleanIndexError,
             jax.errors.TracerArrayConversionError,
             jax.errors.TracerIntegerConversionError,
         ) as error:
@@ -161,7 +162,8 @@ def _param_facts(sites: Trace) -> dict[str, dict[str, Any]]:
                     hint="use layers without running statistics",
                 )
             )
-        if site["type"] == "param" and site["value"] is not None:
+        # Where a random module puts priors on all its weights, a site without arrays is left over.
+        if site["type"] == "param" and jax.tree.leaves(site["value"]):
             constraint = site["kwargs"].get("constraint", constraints.real)
             if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(constraint)):
                 raise ValueError(
@@ -178,10 +180,10 @@ def _param_facts(sites: Trace) -> dict[str, dict[str, Any]]:
 
 def _plate_axes(site: Mapping[str, Any]) -> tuple[str, ...]:
     """The plates that index the leading axes of a param site, outermost first."""
-    shape = np.shape(site["value"]) if not isinstance(site["value"], Mapping) else ()
     event_dim = site["kwargs"].get("event_dim")
     if event_dim is None:
         return ()
+    shape = np.shape(site["value"])
     batch = shape[: len(shape) - event_dim]
     by_axis = {len(batch) + frame.dim: frame for frame in site["cond_indep_stack"]}
     plates: list[str] = []
