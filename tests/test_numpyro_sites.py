@@ -138,8 +138,7 @@ def test_network_weights_are_declared_and_learnt(name):
     np.testing.assert_array_equal(OUTSIDE(X), nnx.Linear(2, 1, rngs=nnx.Rngs(0))(X))
 
 
-RANDOM_OUTSIDE = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
-NETWORKS = {
+RANDOM_NETWORKS = {
     "flax": lambda: random_flax_module("net", nn.Dense(1), dist.Normal(), input_shape=(3, 2)),
     "nnx": lambda: random_nnx_module("net", nnx.Linear(2, 1, rngs=nnx.Rngs(0)), dist.Normal()),
     "eqx": lambda: jax.vmap(
