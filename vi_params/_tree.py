@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 
 from vi_params._check import explain, require_names
 
@@ -59,7 +60,7 @@ def strong(x: Any) -> jax.Array:
 
 def is_traced(*trees: Any) -> bool:
     """Whether any leaf stands for a value that is not known yet."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))
 
 
 def is_key(x: Any) -> bool:
@@ -70,7 +71,8 @@ def is_key(x: Any) -> bool:
 def all_finite(*trees: Any) -> jax.Array:
     """Whether every entry of every inexact leaf is finite; a scalar."""
     leaves = [x for x in jax.tree.leaves(trees) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves])) if leaves else jnp.bool_(1)
+    finite = [jnp.all(jnp.isfinite(x)) for x in leaves]
+    return jnp.all(jnp.stack(finite)) if finite else jnp.bool_(True)
 
 
 def where_tree(condition: jax.Array, new: Any, old: Any) -> Any:
@@ -86,7 +88,7 @@ def where_tree(condition: jax.Array, new: Any, old: Any) -> Any:
 
 
 def flatten_like(prefix: Any, tree: Any, *, what: str, where: str) -> tuple[list, list[str], Any]:
-    """The subtrees of `tree` below the leaves of `prefix`, their paths, and the structure of `prefix`.
+    """The subtrees of `tree` below the leaves of `prefix`, their paths, and the prefix's structure.
 
     Raises an error that names the missing and the unknown paths where the two do not fit.
     """

@@ -321,9 +321,7 @@ def _takes_data(q: Callable[..., Any]) -> bool:
     parameters = inspect.signature(q).parameters.values()
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return True
-    positional = [
-        p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     required = [p for p in positional if p.default is p.empty]
     if len(required) > 2 or not positional:
         raise TypeError(

@@ -57,7 +57,7 @@ def fit(
 
     Args:
         objective: what to minimise.
-        optimizer: any optax transformation; by default Adam at rate 0.05, halved whenever the loss
+        optimizer: any optax transformation; by default Adam at rate 0.1, halved whenever the loss
             stays level.
         key: a typed random key.
         num_steps: how many steps to make at most.

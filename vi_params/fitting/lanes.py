@@ -105,7 +105,7 @@ def programs(
             done, lanes, record = carry
             n = jnp.minimum(every, count - done)
             lanes, losses = lanewise(lambda lane, key: block(lane, key, n, data))(lanes, keys)
-            return done + n, lanes, lax.dynamic_update_slice(record, losses, (0, done))
+            return done + n, lanes, lax.dynamic_update_slice(record, losses, (done * 0, done))
 
         record = jnp.full((restarts, capacity), jnp.nan)
         _, lanes, record = lax.while_loop(go_on, body, (jnp.int32(0), lanes, record))

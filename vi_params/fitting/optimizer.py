@@ -1,16 +1,21 @@
 """The optimiser for those who do not want to choose one."""
 
-import functools
-
 import optax
 import optax.contrib
 
 
-@functools.cache
 def default_optimizer() -> optax.GradientTransformationExtraArgs:
-    """Adam whose rate is halved whenever the loss has not fallen for a while."""
+    """Adam at rate 0.1, halved whenever the loss has not fallen for 300 to 400 steps.
+
+    The second moments are remembered for a hundred steps (b2 = 0.99) instead of a thousand: the
+    gradients at a far start can be 10^6 times those near the optimum, and Adam's usual memory keeps
+    its steps tiny for ten thousand steps after.
+
+    Returns:
+        An optax transformation with extra arguments; it reads `value`.
+    """
     return optax.chain(
-        optax.adam(0.05),
+        optax.adam(0.1, b2=0.99),
         optax.contrib.reduce_on_plateau(
             factor=0.5, patience=3, accumulation_size=100, rtol=0.0, atol=1e-6, min_scale=1e-3
         ),

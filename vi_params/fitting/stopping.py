@@ -32,7 +32,7 @@ class Plateau(NamedTuple):
 
     window: float
     noise: float
-    fraction: float
+    tolerance: float
 
 
 class Memory(NamedTuple):
@@ -44,7 +44,6 @@ class Memory(NamedTuple):
         pending: sum of the looks that do not fill an entry yet.
         pending_looks: how many those are.
         looks_per_entry: 2**level.
-        first: the average at the first look.
     """
 
     averages: jax.Array
@@ -52,7 +51,6 @@ class Memory(NamedTuple):
     pending: jax.Array
     pending_looks: jax.Array
     looks_per_entry: jax.Array
-    first: jax.Array
 
 
 def never(*, every: int = 100) -> Stopping:
@@ -66,14 +64,14 @@ def never(*, every: int = 100) -> Stopping:
 
 
 def plateau(
-    *, window: int = 1000, every: int = 100, noise: float = 1.0, fraction: float = 3e-4
+    *, window: int = 1000, every: int = 100, noise: float = 1.0, tolerance: float = 0.01
 ) -> Stopping:
     """Stop when the loss has ceased to fall, measured against its own noise.
 
     The last w steps are compared with the w before them, and the last 2 w with the 2 w before, w
     being the larger of `window` and an eighth of all steps. The loss is level at a width if the
-    average fell by less than `noise` standard errors of the difference, or by less than `fraction`
-    of its total fall. It stops where it is level at both.
+    average fell by less than `noise` standard errors of the difference, or by less than `tolerance`.
+    It stops where it is level at both.
 
     The comparison of adjacent blocks at two horizons is that of PyMC's plateau rule (pymc-extras,
     pull request 733); the averages here are of medians of `every` losses each, so that a few wild
@@ -83,7 +81,7 @@ def plateau(
         window: the smallest width w, in steps.
         every: steps between two looks.
         noise: how many standard errors of improvement count as none.
-        fraction: what share of the total improvement counts as none.
+        tolerance: what improvement counts as none, in nats.
 
     Returns:
         A `Stopping`.
@@ -91,7 +89,7 @@ def plateau(
     Example:
         >>> fitted = vi.stopping.plateau(window=500)
     """
-    return Stopping(every, _plateau_init, _plateau_update, Plateau(window / every, noise, fraction))
+    return Stopping(every, _plateau_init, _plateau_update, Plateau(window / every, noise, tolerance))
 
 
 def _never_init(options: Any) -> Any:
@@ -103,8 +101,7 @@ def _never_update(options: Any, memory: Any, losses: jax.Array) -> tuple[Any, ja
 
 
 def _plateau_init(options: Plateau) -> Memory:
-    zero = jnp.zeros(())
-    return Memory(jnp.zeros(CAPACITY), jnp.int32(0), zero, jnp.int32(0), jnp.int32(1), zero)
+    return Memory(jnp.zeros(CAPACITY), jnp.int32(0), jnp.zeros(()), jnp.int32(0), jnp.int32(1))
 
 
 def _plateau_update(
@@ -120,7 +117,6 @@ def _plateau_update(
 
 def _remember(memory: Memory, average: jax.Array) -> Memory:
     """One more look; entries are merged in pairs where there is no room left."""
-    first = jnp.where(memory.complete + memory.pending_looks == 0, average, memory.first)
     pending, pending_looks = memory.pending + average, memory.pending_looks + 1
     full = pending_looks >= memory.looks_per_entry
     averages = memory.averages.at[memory.complete].set(
@@ -137,7 +133,6 @@ def _remember(memory: Memory, average: jax.Array) -> Memory:
         pending=jnp.where(full, 0.0, pending),
         pending_looks=jnp.where(full, 0, pending_looks).astype(jnp.int32),
         looks_per_entry=jnp.where(crowded, 2, 1) * memory.looks_per_entry,
-        first=first,
     )
 
 
@@ -152,13 +147,9 @@ def _is_level(options: Plateau, memory: Memory, width: jax.Array) -> jax.Array:
     def mean(mask: jax.Array, x: jax.Array) -> jax.Array:
         return jnp.sum(jnp.where(mask, x, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
 
-    last = mean(recent, memory.averages)
-    improvement = mean(before, memory.averages) - last
+    improvement = mean(before, memory.averages) - mean(recent, memory.averages)
     # Successive differences see the noise and not the trend.
     steps = jnp.diff(memory.averages, append=memory.averages[-1:])
     variance = 0.5 * mean(both & (age >= 1), steps**2)
     standard_error = jnp.sqrt(2 * variance / jnp.maximum(width, 1))
-    total = jnp.maximum(memory.first - last, 0.0)
-    return (improvement < options.noise * standard_error) | (
-        improvement < options.fraction * total
-    )
+    return improvement < jnp.maximum(options.noise * standard_error, options.tolerance)

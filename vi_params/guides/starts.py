@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from vi_params._check import explain, require_names
 from vi_params._tree import fold_in_name, strong
+from vi_params.params import constrain, init_params
 from vi_params.target import Target, ravel
 
 RADIUS = 2.0
@@ -72,6 +73,4 @@ def _at_values(target: Target, init: Mapping[str, Any], key: jax.Array) -> dict[
 
 def _no_values(target: Target, key: jax.Array) -> dict[str, Any]:
     """The model's own parameters at their start: supports may depend on them."""
-    from vi_params.params import constrain, init_params
-
     return constrain(target.declared, init_params(target.declared, key))

@@ -13,11 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 from numpyro.distributions import biject_to, constraints
 from numpyro.distributions.transforms import Transform
 
 from vi_params._check import explain
+from vi_params._tree import path_name
 
 
 def _real() -> Any:
@@ -51,7 +53,7 @@ class Param:
 
     init: ArrayLike | Any | Callable[[jax.Array], Any]
     _: dataclasses.KW_ONLY
-    constraint: constraints.Constraint = _real()
+    constraint: constraints.Constraint = _real()  # noqa: RUF009
     plates: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -83,7 +85,7 @@ class Latent:
     """
 
     shape: tuple[int, ...] = ()
-    support: constraints.Constraint = _real()
+    support: constraints.Constraint = _real()  # noqa: RUF009
     dtype: Any = None
     unconstrained_shape: tuple[int, ...] | None = None
 
@@ -130,7 +132,7 @@ def normalise(declared: Declared) -> Any:
             )
         )
 
-    def declare(leaf: Any) -> Param | Latent:
+    def declare(path: tuple, leaf: Any) -> Param | Latent:
         if isinstance(leaf, (Param, Latent)):
             return leaf
         if isinstance(leaf, (jax.Array, np.ndarray, np.generic, int, float, complex)):
@@ -140,12 +142,12 @@ def normalise(declared: Declared) -> Any:
                 "A declaration was expected.",
                 expected="a Param, an array, or a pytree of them",
                 received=f"{leaf!r} ({type(leaf).__name__})",
-                where="declared",
+                where=path_name(path),
                 hint="wrap a lazy start as Param(init), init: key -> array",
             )
         )
 
-    return {name: jax.tree.map(declare, tree) for name, tree in declared.items()}
+    return jax.tree_util.tree_map_with_path(declare, dict(declared))
 
 
 def is_dependent(constraint: constraints.Constraint) -> bool:
@@ -211,7 +213,7 @@ def _part_name(part: Any) -> str:
         return constraint_name(part)
     if isinstance(part, (tuple, list)):
         return f"({', '.join(map(_part_name, part))})"
-    if isinstance(part, jax.core.Tracer):
+    if isinstance(part, Tracer):
         return f"traced{part.shape}"
     if not isinstance(part, (jax.Array, np.ndarray, np.generic, int, float)):
         return part if isinstance(part, str) else type(part).__name__

@@ -54,7 +54,7 @@ def init_params(declared: Declared, key: jax.Array) -> dict[str, Any]:
                     hint="guides in vi.guides choose starts for a target's latents",
                 )
             )
-        init = param.init
+        init: Any = param.init
         value = init(fold_in_name(key, name)) if _is_function(init) else init
         leaves = leaves_by_path(value)
         if not leaves:
@@ -69,7 +69,7 @@ def init_params(declared: Declared, key: jax.Array) -> dict[str, Any]:
         transform = bijector(param.constraint, name)
         for below, leaf in leaves.items():
             _check_start(param, leaf, f"{name}/{below}" if below else name)
-        return jax.tree.map(lambda leaf: strong(transform.inv(strong(leaf))), value)
+        return jax.tree.map(lambda leaf: _inverse(transform, leaf), value)
 
     declared = normalise(declared)
     leaves_by_path(declared)  # two leaves with one path would share their key
@@ -134,7 +134,7 @@ def unconstrain(declared: Declared, values: Any) -> dict[str, Any]:
     return _map_leaves(
         declared,
         values,
-        lambda transform, x: strong(transform.inv(_inexact(x))),
+        _inverse,
         "values",
         "unconstrain",
     )
@@ -170,10 +170,12 @@ def constrain_with_log_det(declared: Declared, params: Any) -> tuple[dict[str, A
     return values, jnp.sum(jnp.stack(log_dets))
 
 
-def _inexact(x: Any) -> jax.Array:
-    """`x` as a strong floating (or complex) array."""
+def _inverse(transform: Any, x: Any) -> jax.Array:
+    """T^-1(x) as a strong floating array; whole numbers given as ints count."""
     x = strong(x)
-    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.result_type(float))
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        x = x.astype(jnp.result_type(float))
+    return strong(transform.inv(x))
 
 
 def _map_leaves(declared: Declared, tree: Any, f: Any, what: str, where: str) -> Any:
@@ -206,12 +208,17 @@ def _check_start(param: Param, value: Any, name: str) -> None:
         )
     shape = jnp.shape(value)
     transform = bijector(param.constraint, name)
-    reason, free, image = None, None, None
-    try:
-        free = jax.eval_shape(transform.inv, value)
-        image = jax.eval_shape(transform, free)
-    except (ValueError, TypeError, IndexError, AssertionError, NotImplementedError) as error:
-        reason = error
+    free, image, reason = _abstract_round_trip(transform, shape, dtype)
+    if image is None and _abstract_round_trip(transform, shape, jnp.result_type(float))[1]:
+        raise TypeError(
+            explain(
+                "NumPyro's bijector does not take the dtype of a start.",
+                expected=f"dtype {jnp.result_type(float)} for {constraint}",
+                received=f"dtype {dtype}",
+                where=name,
+                hint="start at an array of the default floating dtype",
+            )
+        ) from reason
     batch_ndim = len(shape) - param.constraint.event_dim
     if image is None or image.shape != shape or batch_ndim < len(param.plates):
         raise ValueError(
@@ -219,12 +226,12 @@ def _check_start(param: Param, value: Any, name: str) -> None:
                 "The shape of a start does not fit its declaration.",
                 expected=f"a shape that {constraint} has"
                 + (f", led by the plates {param.plates}" if param.plates else ""),
-                received=f"shape {shape}, dtype {dtype}",
+                received=f"shape {shape}",
                 where=name,
                 hint="give the start its full shape, the constraint's event and plates included",
             )
         ) from reason
-    if free is not None and jnp.issubdtype(free.dtype, jnp.complexfloating):
+    if jnp.issubdtype(free.dtype, jnp.complexfloating):
         raise TypeError(
             explain(
                 "A complex start needs the complex constraint.",
@@ -242,7 +249,7 @@ def _check_start(param: Param, value: Any, name: str) -> None:
             numbers = numbers.astype(np.float32)
         inside = np.all(np.isfinite(numbers)) and np.all(param.constraint(numbers))
         inside = inside and not _on_boundary(param.constraint, numbers)
-        inside = inside and np.all(np.isfinite(transform.inv(strong(value))))
+        inside = inside and np.all(np.isfinite(_inverse(transform, value)))
     if not inside:
         raise ValueError(
             explain(
@@ -252,6 +259,15 @@ def _check_start(param: Param, value: Any, name: str) -> None:
                 where=name,
             )
         )
+
+
+def _abstract_round_trip(transform: Any, shape: tuple, dtype: Any) -> tuple[Any, Any, Any]:
+    """The abstract values of T^-1(x) and T(T^-1(x)), or (None, None, the reason why not)."""
+    try:
+        free = jax.eval_shape(transform.inv, jax.ShapeDtypeStruct(shape, dtype))
+        return free, jax.eval_shape(transform, free), None
+    except (ValueError, TypeError, IndexError, AssertionError, NotImplementedError) as error:
+        return None, None, error
 
 
 def _on_boundary(constraint: Any, x: np.ndarray) -> bool:

@@ -30,13 +30,15 @@ class Found(NamedTuple):
 
     Attributes:
         latents: name -> `Latent`, of the sample sites that are not observed.
-        auxiliary: names of those among them that are auxiliary.
-        deltas: names of those whose distribution is a point mass.
+        observed: names of the sample sites that are.
+        auxiliary: names of the latents that are auxiliary.
+        deltas: names of the latents whose distribution is a point mass.
         declared: name -> `Param`, of the param sites.
         plates: plate -> size.
     """
 
     latents: dict[str, Latent]
+    observed: tuple[str, ...]
     auxiliary: tuple[str, ...]
     deltas: tuple[str, ...]
     declared: dict[str, Param]
@@ -127,7 +129,7 @@ def discover(
         else:
             support = constraints.dependent
         latents[name] = Latent(found["shape"], support, found["dtype"], found["free_shape"])
-    return Found(latents, facts["auxiliary"], facts["deltas"], declared, facts["plates"])
+    return Found(**{**facts, "latents": latents, "declared": declared})
 
 
 def is_delta(fn: Any) -> bool:
@@ -194,11 +196,14 @@ def _plate_axes(site: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _site_facts(sites: Trace) -> dict[str, Any]:
     """Shapes and supports of the latents, and the sizes of the plates."""
-    latents, auxiliary, deltas, plates = {}, [], [], {}
+    latents, observed, auxiliary, deltas, plates = {}, [], [], [], {}
     for name, site in sites.items():
         if site["type"] == "plate":
             plates[name] = _plate_size(name, site)
-        if site["type"] != "sample" or site["is_observed"]:
+        if site["type"] != "sample":
+            continue
+        if site["is_observed"]:
+            observed.append(name)
             continue
         fn = site["fn"]
         if getattr(fn.support, "is_discrete", False):
@@ -226,6 +231,7 @@ def _site_facts(sites: Trace) -> dict[str, Any]:
         }
     return {
         "latents": latents,
+        "observed": tuple(observed),
         "auxiliary": tuple(auxiliary),
         "deltas": tuple(deltas),
         "plates": plates,
@@ -278,7 +284,9 @@ def _constants(f: Callable[..., dict[str, Any]], *inputs: Any) -> dict[str, Any]
     if fixed:
 
         def evaluate(data: Any) -> dict[str, Any]:
-            rest = [jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), t) for t in inputs[2:]]
+            rest = [
+                jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), t) for t in inputs[2:]
+            ]
             found = f(jax.random.key(0), data, *rest)
             return {name: found[name] for name in fixed}
 

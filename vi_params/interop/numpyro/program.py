@@ -13,8 +13,8 @@ from vi_params._check import explain
 from vi_params._tree import is_traced
 from vi_params.guide import Draw, Guide, key_noise, pick_own, sampler
 from vi_params.interop.numpyro.call import Call, bind
-from vi_params.interop.numpyro.discover import LOCK, Trace, discover, is_delta, trace
-from vi_params.params import constrain
+from vi_params.interop.numpyro.discover import LOCK, Found, Trace, discover, is_delta, trace
+from vi_params.params import constrain, init_params
 from vi_params.params.declare import Declared, normalise
 
 
@@ -56,8 +56,8 @@ def numpyro_guide(
     call = bind(program, args, kwargs, skip=1 if explicit else 0)
     if isinstance(program, AutoGuide):
         _prepare(program, args, kwargs)
-    found, declared = _discover(program, call, declared)
-    hidden = set(found.auxiliary)
+    found = _discover(program, call, declared)
+    declared, hidden = found.declared, set(found.auxiliary)
 
     def run(
         params: Any, data: Any, key: jax.Array | None, fixed: Mapping[str, Any] | None = None
@@ -115,16 +115,26 @@ def numpyro_guide(
     )
 
 
-def _discover(program: Callable, call: Call, declared: Declared | None) -> Any:
-    """The sites of the program, and its declared parameters."""
+def _discover(program: Callable, call: Call, declared: Declared | None) -> Found:
+    """The sites of the program; its parameters are those declared, or its own."""
     if declared is None:
         found = discover(program, call, prepare=_seeded)
-        return found, found.declared
-    declared = normalise(declared)
+    else:
+        found = _discover_declared(program, call, normalise(declared))
+    if found.observed:
+        raise ValueError(
+            explain(
+                "A guide observes nothing.",
+                expected="sample sites without obs=, and no numpyro.factor",
+                received=f"observed sites {list(found.observed)}",
+                where="vi.numpyro_guide",
+            )
+        )
+    return found
 
+
+def _discover_declared(program: Callable, call: Call, declared: Declared) -> Found:
     def with_values(program: Callable, key: jax.Array, values: Mapping[str, Any]) -> Callable:
-        from vi_params.params import init_params
-
         start = constrain(declared, init_params(declared, key))
         return _seeded(partial(program, start), key, values)
 
@@ -138,7 +148,7 @@ def _discover(program: Callable, call: Call, declared: Declared | None) -> Any:
                 where="vi.numpyro_guide",
             )
         )
-    return found, declared
+    return found._replace(declared=declared)
 
 
 def _seeded(program: Callable, key: jax.Array, values: Mapping[str, Any]) -> Callable:
@@ -146,21 +156,7 @@ def _seeded(program: Callable, key: jax.Array, values: Mapping[str, Any]) -> Cal
 
 
 def _sample_sites(sites: Trace) -> dict[str, Any]:
-    found = {}
-    for name, site in sites.items():
-        if site["type"] != "sample":
-            continue
-        if site["is_observed"]:
-            raise ValueError(
-                explain(
-                    "A guide observes nothing.",
-                    expected="sample sites without obs=",
-                    received="an observed site",
-                    where=repr(name),
-                )
-            )
-        found[name] = site
-    return found
+    return {name: site for name, site in sites.items() if site["type"] == "sample"}
 
 
 def _log_prob(sites: Mapping[str, Any]) -> jax.Array:
