@@ -11,7 +11,7 @@ from numpyro.distributions import constraints
 
 from vi_params._check import explain, require_key, require_names
 from vi_params._tree import fold_in_name, is_traced, merge, pick
-from vi_params.noise import Noise, iid
+from vi_params.noise import Noise
 from vi_params.params import Latent, constrain, init_params
 from vi_params.params.declare import Declared, bijector, constraint_name, normalise
 from vi_params.params.maps import abstract_params
@@ -34,8 +34,9 @@ class Draw(NamedTuple):
 
 
 class Guide(NamedTuple):
-    """A variational family q(z; params) as pure functions. `params` are unconstrained; they may hold
-    other names beside the guide's own.
+    """A variational family q(z; params) as pure functions.
+
+    `params` are unconstrained; they may hold other names beside the guide's own.
 
     Attributes:
         declared: name -> `Param`, the guide's learnable parameters.
@@ -113,7 +114,8 @@ def guide(declared: Declared, q: Callable[..., Any]) -> Guide:
     Example:
         >>> import numpyro.distributions as dist
         >>> from numpyro.distributions import constraints
-        >>> declared = {"loc": jnp.zeros(()), "scale": vi.Param(1.0, constraint=constraints.positive)}
+        >>> scale = vi.Param(1.0, constraint=constraints.positive)
+        >>> declared = {"loc": jnp.zeros(()), "scale": scale}
         >>> guide = vi.guide(declared, lambda v: {"z": dist.Normal(v["loc"], v["scale"])})
         >>> params = vi.init_params(guide.declared, jax.random.key(0))
         >>> guide.log_prob(params, {"z": jnp.zeros(())})

@@ -116,7 +116,7 @@ def build(
     constrain: Callable[..., Any] | None = None,
     unconstrain: Callable[..., Any] | None = None,
 ) -> Target:
-    """A `Target` from its parts: checks at every trace, and the maps of supports known beforehand."""
+    """A `Target` from its parts, with checks at every trace and the maps of fixed supports."""
 
     def checked(values: Any, latents_: Any, data: Any) -> jax.Array:
         require_draw(latents_, latents, "log_density")
@@ -200,9 +200,8 @@ def flat(target: Target) -> FlatTarget:
                 )
             )
         parts = lax.split(jnp.asarray(u), sizes) if sizes else []
-        return {
-            name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)
-        }
+        named = zip(shapes, parts, strict=True)
+        return {name: part.reshape(shapes[name]) for name, part in named}
 
     def both(u: jax.Array, values: Any = EMPTY, data: Any = None) -> Any:
         return target.constrain(values, split(u), target.data if data is None else data)

@@ -65,7 +65,7 @@ def mean_field(
         A `Guide`.
 
     Raises:
-        ValueError: `init_scale` is not positive.
+        ValueError: `init_scale` is not positive, or a start lies outside its support.
         KeyError: `init` names an unknown latent.
 
     Example:
@@ -104,7 +104,7 @@ def full_rank(
         A `Guide`.
 
     Raises:
-        ValueError: `init_scale` is not positive.
+        ValueError: `init_scale` is not positive, or a start lies outside its support.
         KeyError: `init` names an unknown latent.
 
     Example:

@@ -5,10 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vi_params._check import explain, require_names
-from vi_params._tree import fold_in_name, strong
-from vi_params.params import constrain, init_params
+from vi_params._tree import fold_in_name, is_traced, strong
+from vi_params.params import Latent, constrain, init_params
+from vi_params.params.declare import bijector, constraint_name
 from vi_params.target import Target, ravel
 
 RADIUS = 2.0
@@ -23,6 +25,11 @@ def start_vector(target: Target, init: Any) -> Callable[[jax.Array], jax.Array]:
         init: None (uniform on (-2, 2) in every unconstrained coordinate, each latent by a key of
             its own), a mapping from names to constrained values (latents that it lacks start
             uniformly), or one of numpyro's `init_to_*` strategies.
+
+    Raises:
+        KeyError: the mapping names an unknown latent.
+        ValueError: a value has the wrong shape, or lies outside its latent's support.
+        TypeError: `init` is none of these.
     """
     if init is None:
         return lambda key: ravel(_uniform(target, key))
@@ -30,6 +37,8 @@ def start_vector(target: Target, init: Any) -> Callable[[jax.Array], jax.Array]:
         require_names(
             list(init), list(target.latents), what="latents in init", where="init", complete=False
         )
+        for name, value in init.items():
+            _require_inside(target.latents[name], value, f"init, latent {name!r}")
         return lambda key: ravel(_at_values(target, init, key))
     if callable(init):
         return lambda key: ravel(target.start(init, key))
@@ -53,22 +62,39 @@ def _uniform(target: Target, key: jax.Array) -> dict[str, jax.Array]:
 
 
 def _at_values(target: Target, init: Mapping[str, Any], key: jax.Array) -> dict[str, jax.Array]:
-    for name, value in init.items():
-        if jnp.shape(value) != target.latents[name].shape:
-            raise ValueError(
-                explain(
-                    "A start has the wrong shape.",
-                    expected=f"shape {target.latents[name].shape}",
-                    received=f"shape {jnp.shape(value)}",
-                    where=f"init, latent {name!r}",
-                )
-            )
     u = _uniform(target, key)
     # The other latents' uniform values fix what a support that depends on them looks like.
     latents, _ = target.constrain(_no_values(target, key), u, target.data)
     given = {name: strong(jnp.asarray(value, float)) for name, value in init.items()}
     start = target.unconstrain(_no_values(target, key), {**latents, **given}, target.data)
     return {name: start[name] if name in init else u[name] for name in u}
+
+
+def _require_inside(latent: Latent, value: Any, where: str) -> None:
+    """Raises unless `value` has the latent's shape and lies in the interior of its support."""
+    if jnp.shape(value) != latent.shape:
+        raise ValueError(
+            explain(
+                "A start has the wrong shape.",
+                expected=f"shape {latent.shape}",
+                received=f"shape {jnp.shape(value)}",
+                where=where,
+            )
+        )
+    if latent.is_dynamic or is_traced(value, latent.support):
+        return
+    with jax.ensure_compile_time_eval():
+        free = bijector(latent.support, where).inv(jnp.asarray(value, float))
+        inside = np.all(latent.support(value)) and np.all(np.isfinite(free))
+    if not inside:
+        raise ValueError(
+            explain(
+                "A start lies outside its latent's support.",
+                expected=f"finite values in the interior of {constraint_name(latent.support)}",
+                received=np.array2string(np.asarray(value), threshold=8),
+                where=where,
+            )
+        )
 
 
 def _no_values(target: Target, key: jax.Array) -> dict[str, Any]:

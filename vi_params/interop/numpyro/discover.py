@@ -92,7 +92,8 @@ def discover(
         prepare: how it is made to run without a guide.
 
     Raises:
-        ValueError: a site that cannot be handled: discrete latents, subsampled plates, mutable state.
+        ValueError: a site that cannot be handled: a discrete latent, a subsampled plate, mutable
+            state.
     """
     first: dict[str, Any] = {}
 

@@ -33,7 +33,8 @@ def from_numpyro(model: Callable, *args: Any, **kwargs: Any) -> Target:
         A `Target`.
 
     Raises:
-        ValueError: a discrete latent, a subsampled plate or mutable state; the message names the site.
+        ValueError: a discrete latent, a subsampled plate or mutable state; the message names the
+            site.
         TypeError: the model does not take these arguments, or needs the value of an array while it
             is traced.
 
