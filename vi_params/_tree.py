@@ -39,12 +39,22 @@ def leaves_by_path(tree: Any) -> dict[str, Any]:
     return leaves
 
 
+def name_words(name: str) -> tuple[int, int]:
+    """Two words of 32 bits that stand for a name, the same in every process."""
+    digest = hashlib.blake2s(name.encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+def fold_in_words(key: jax.Array, words: Iterable[Any]) -> jax.Array:
+    """The key with each word folded in, one after the other."""
+    for word in words:
+        key = jax.random.fold_in(key, word)
+    return key
+
+
 def fold_in_name(key: jax.Array, name: str) -> jax.Array:
     """A key for `name`: the same in every process, and whatever other names there are."""
-    digest = hashlib.blake2s(name.encode(), digest_size=8).digest()
-    for half in (digest[:4], digest[4:]):
-        key = jax.random.fold_in(key, int.from_bytes(half, "little"))
-    return key
+    return fold_in_words(key, name_words(name))
 
 
 def pick(mapping: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Where a family starts: an unconstrained vector from a key."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vi_params._check import explain, require_names
-from vi_params._tree import fold_in_name, is_traced, strong
+from vi_params._tree import fold_in_words, is_traced, name_words, strong
 from vi_params.params import Latent, constrain, init_params
 from vi_params.params.declare import bijector, constraint_name
 from vi_params.target import Target, ravel
@@ -53,11 +54,23 @@ def start_vector(target: Target, init: Any) -> Callable[[jax.Array], jax.Array]:
 
 
 def _uniform(target: Target, key: jax.Array) -> dict[str, jax.Array]:
+    """Every number from a key of its own, folded in from its latent's name and its place there.
+
+    One vectorised draw for all: a draw for each latent would compile the generator as often.
+    """
+    shapes = {name: latent.unconstrained_shape for name, latent in target.latents.items()}
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    words = np.repeat(np.array([name_words(name) for name in shapes]).reshape(-1, 2), sizes, axis=0)
+    place = np.concatenate([np.arange(0), *(np.arange(size) for size in sizes)])
+
+    def draw(words: jax.Array, place: jax.Array) -> jax.Array:
+        own = fold_in_words(key, (*words, place))
+        return jax.random.uniform(own, minval=-RADIUS, maxval=RADIUS)
+
+    u = jax.vmap(draw)(words.astype(np.uint32), place.astype(np.uint32))
+    parts = jnp.split(u, np.cumsum(sizes)[:-1])
     return {
-        name: jax.random.uniform(
-            fold_in_name(key, name), latent.unconstrained_shape, minval=-RADIUS, maxval=RADIUS
-        )
-        for name, latent in target.latents.items()
+        name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)
     }
 
 
@@ -81,12 +94,17 @@ def _require_inside(latent: Latent, value: Any, where: str) -> None:
                 where=where,
             )
         )
-    if latent.is_dynamic or is_traced(value, latent.support):
+    if latent.is_dynamic:
         return
+
+    @jax.jit
+    def is_inside(x: jax.Array) -> jax.Array:
+        free = bijector(latent.support, where).inv(x)
+        return jnp.all(latent.support(x)) & jnp.all(jnp.isfinite(free))
+
     with jax.ensure_compile_time_eval():
-        free = bijector(latent.support, where).inv(jnp.asarray(value, float))
-        inside = np.all(latent.support(value)) and np.all(np.isfinite(free))
-    if not inside:
+        inside = is_inside(jnp.asarray(value, float))
+    if not is_traced(inside) and not inside:
         raise ValueError(
             explain(
                 "A start lies outside its latent's support.",
