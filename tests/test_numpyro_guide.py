@@ -69,13 +69,17 @@ def test_auxiliary_sites_are_positions_not_latents(kind):
     its density is numpyro's, the Jacobian included."""
     program = kind(model)
     guide = vi.numpyro_guide(program, Y)
-    params = vi.init_params(guide.declared, jax.random.key(0))
-    draw = guide.sample(params, jax.random.key(1))
+
+    @jax.jit
+    def both(key):
+        params = vi.init_params(guide.declared, key)
+        draw = guide.sample(params, key)
+        fixed = {**vi.constrain(guide.declared, params), **draw.position}
+        return draw, log_density(handlers.seed(program, key), (Y,), {}, fixed)[0]
+
+    draw, expected = both(jax.random.key(0))
     assert draw.latents.keys() == {"mu", "tau", "theta"}
     assert draw.position.keys() == {"_auto_latent"}
-    values = vi.constrain(guide.declared, params)
-    seeded = handlers.seed(program, jax.random.key(0))
-    expected = log_density(seeded, (Y,), {}, {**values, **draw.position})[0]
     np.testing.assert_allclose(draw.log_prob, expected, rtol=1e-5)
 
 

@@ -41,9 +41,9 @@ TARGETS = {
 
 STRATEGIES = {
     "None": None,
-    "median": init_to_median(),
-    "median, bare": init_to_median,
+    "median": init_to_median(num_samples=3),
     "mean": init_to_mean(),
+    "mean, bare": init_to_mean,
     "sample": init_to_sample(),
     "uniform": init_to_uniform(radius=1.0),
     "feasible": init_to_feasible(),
@@ -119,7 +119,7 @@ def moving():
     numpyro.sample("b", dist.Uniform(a, 2.0))
 
 
-@pytest.mark.parametrize("init", [{"a": 0.9, "b": 1.5}, {"b": 1.5}, {"a": 0.5}, init_to_median()])
+@pytest.mark.parametrize("init", [{"a": 0.9, "b": 1.5}, {"b": 1.5}, {"a": 0.5}, init_to_mean()])
 def test_starts_under_a_moving_support(init):
     """Values given are kept, and the others are in the support they leave: b ~ Uniform(a, 2)."""
     found = starts(vi.from_numpyro(moving), init, num=20)
@@ -147,11 +147,34 @@ def test_strategies_reach_into_scan():
 def test_init_scale(family):
     """init_scale is the standard deviation of every unconstrained coordinate at the start."""
     guide = family(vi.from_numpyro(model), init={"mu": 7.0}, init_scale=0.25)
-    params = vi.init_params(guide.declared, jax.random.key(0))
-    keys = jax.random.split(jax.random.key(1), 4000)
-    position = jax.jit(jax.vmap(lambda key: guide.sample(params, key).position))(keys)
+
+    @jax.jit
+    def positions(key):
+        params = vi.init_params(guide.declared, key)
+        keys = jax.random.split(key, 4000)
+        return jax.vmap(lambda key: guide.sample(params, key).position)(keys)
+
+    position = positions(jax.random.key(0))
     np.testing.assert_allclose(position.std(0), 0.25, rtol=0.06)
     np.testing.assert_allclose(position[:, 0].mean(), 7.0, atol=0.02)
+
+
+def boxed(y):
+    a = numpyro.sample("a", dist.Uniform(jnp.zeros(3), 2 * jnp.ones(3)).to_event(1))
+    numpyro.sample("y", dist.Normal(a, 1.0), obs=y)
+
+
+@pytest.mark.parametrize("transform", [jax.jit, jax.vmap])
+def test_values_given_inside_a_transformation(transform):
+    """A target, its guide and a start at given values can be built under jit and vmap."""
+
+    def loc(y):
+        guide = vi.guides.mean_field(vi.from_numpyro(boxed, y), init={"a": np.ones(3)})
+        return vi.init_params(guide.declared, jax.random.key(0))["guide"]["loc"] + 0 * y
+
+    ys = jnp.ones((2, 3))
+    found = transform(loc)(ys if transform is jax.vmap else ys[0])
+    np.testing.assert_allclose(found, 0.0, atol=1e-6)
 
 
 mean_field = vi.guides.mean_field

@@ -277,7 +277,7 @@ def _require_supports(target: Target, guide: Guide, data: Any) -> None:
         name: latent for name, latent in target.latents.items() if not _is_everything(latent)
     }
     distributions = guide.distributions
-    if not questions or distributions is None or is_traced(data):
+    if not questions or distributions is None:
         return
     seen: dict[str, str] = {}
 
@@ -297,8 +297,10 @@ def _require_supports(target: Target, guide: Guide, data: Any) -> None:
             answers[name] = jnp.all(latent.support(points))
         return answers
 
-    for name, answer in jax.jit(inside)(jax.random.key(0)).items():
-        if not answer:
+    with jax.ensure_compile_time_eval():
+        answers = jax.jit(inside)(jax.random.key(0))
+    for name, answer in answers.items():
+        if not is_traced(answer) and not answer:
             raise ValueError(
                 explain(
                     "The guide draws a latent outside the target's support.",
