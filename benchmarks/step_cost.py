@@ -4,10 +4,10 @@
 
 Same model, same family (independent normals in unconstrained space), one particle, Adam at 1e-2,
 float32. NumPyro runs at its best: `svi.update` under one jitted `lax.scan`, no progress bar. The
-floor is the bare `value_and_grad` of the log density, Jacobian included, under `lax.scan`. Times of
-a step are taken in one process, the rivals in turn, and a ratio is the median over the turns of the
-ratio within a turn. The time to the first step (tracing, initialisation and compilation) is taken in
-a fresh process for each side. Prints one table and writes JSON.
+floor is the bare `value_and_grad` of the log density, Jacobian included, under `lax.scan`. Times
+of a step are taken in one process, the rivals in turn, and a ratio is the median over the turns of
+the ratio within a turn. The time to the first step (tracing, initialisation and compilation) is
+taken in a fresh process for each side. Prints one table and writes JSON.
 """
 
 import argparse
@@ -138,15 +138,17 @@ def measure_fit(repeats):
     optimizer, stop, key = optax.adam(1e-2), vi.stopping.never(), jax.random.key(0)
 
     def fit(progress, restarts, num_steps):
-        return lambda: vi.fit(
-            objective,
-            optimizer,
-            key=key,
-            num_steps=num_steps,
-            stop=stop,
-            progress=progress,
-            restarts=restarts,
-        ).params
+        return lambda: (
+            vi.fit(
+                objective,
+                optimizer,
+                key=key,
+                num_steps=num_steps,
+                stop=stop,
+                progress=progress,
+                restarts=restarts,
+            ).params
+        )
 
     bars = interleaved({"bar": fit(True, 1, 100_000), "bare": fit(False, 1, 100_000)}, repeats)
     lanes = interleaved({"100": fit(False, 100, 10_000), "1": fit(False, 1, 10_000)}, repeats)

@@ -1,9 +1,17 @@
-"""Variational inference on JAX with no hidden state."""
+"""Variational inference on JAX with no hidden state.
 
-from vi_params._version import __version__
+Parameters live in an immutable pytree of unconstrained values, declared beside their constraints;
+guides are pure functions of `(params, key)`; a fit is one compiled program.
 
-from vi_params import diagnostics, estimators, fitting, guides, noise, objectives, stopping
+    target = vi.from_numpyro(model, *args)
+    guide = vi.guides.full_rank(target)
+    fit = vi.fit(vi.elbo(target, guide, num_particles=10), key=jax.random.key(0))
+    vi.diagnose(target, guide, fit.params, jax.random.key(1))
+"""
+
+from vi_params import diagnostics, estimators, guides, noise, objectives, stopping
 from vi_params._table import Table
+from vi_params._version import __version__
 from vi_params.diagnostics import Check, Diagnosis, check, diagnose, draws, summary
 from vi_params.fitting import Fit, Progress, Status, fit
 from vi_params.guide import Draw, Guide, guide
@@ -24,5 +32,56 @@ from vi_params.params import (
     take_rows,
     unconstrain,
 )
-from vi_params.svi import SVI, Info, State, run, svi
+from vi_params.svi import SVI, Info, Start, State, run, svi
 from vi_params.target import FlatTarget, Target, flat, target
+
+__all__ = [
+    "SVI",
+    "Check",
+    "Diagnosis",
+    "Draw",
+    "Fit",
+    "FlatTarget",
+    "Guide",
+    "Info",
+    "Latent",
+    "Objective",
+    "Param",
+    "Progress",
+    "Start",
+    "State",
+    "Status",
+    "Table",
+    "Target",
+    "__version__",
+    "check",
+    "constrain",
+    "constrain_with_log_det",
+    "describe",
+    "diagnose",
+    "diagnostics",
+    "draws",
+    "elbo",
+    "estimators",
+    "fit",
+    "flat",
+    "freeze",
+    "from_numpyro",
+    "guide",
+    "guides",
+    "init_params",
+    "labels",
+    "load_params",
+    "noise",
+    "numpyro_guide",
+    "objectives",
+    "put_rows",
+    "run",
+    "save_params",
+    "stopping",
+    "summary",
+    "svi",
+    "take_rows",
+    "target",
+    "unconstrain",
+]

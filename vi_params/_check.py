@@ -16,7 +16,7 @@ def explain(
     where: str | None = None,
     hint: str | None = None,
 ) -> str:
-    """The message of an error: the problem, then one labelled line for each thing known about it."""
+    """The message of an error: the problem, then a labelled line for each thing known about it."""
     lines = [problem]
     for label, text in (
         ("Expected", expected),

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -144,7 +144,8 @@ def guide(declared: Declared, q: Callable[..., Any]) -> Guide:
 
     def score(q: Mapping[str, dist.Distribution], latents: Any) -> jax.Array:
         require_names(list(latents), list(q), what="latents", where="guide.log_prob")
-        return sum((jnp.sum(q[name].log_prob(latents[name])) for name in q), start=jnp.zeros(()))
+        terms = [jnp.sum(q[name].log_prob(latents[name])) for name in q]
+        return jnp.sum(jnp.stack(terms))
 
     def transform(params: Any, noise: jax.Array, data: Any = None) -> Draw:
         q = distributions(params, data)
@@ -169,7 +170,7 @@ def guide(declared: Declared, q: Callable[..., Any]) -> Guide:
 
 def _sample(distribution: dist.Distribution, key: jax.Array) -> jax.Array:
     """A draw; no gradient flows through one that is not reparameterised."""
-    x = distribution.sample(key)
+    x = jnp.asarray(distribution.sample(key))
     return x if distribution.has_rsample else jax.lax.stop_gradient(x)
 
 
@@ -286,7 +287,7 @@ def _require_supports(target: Target, guide: Guide, data: Any) -> None:
         found = distributions(params, data)
         answers = {}
         for name in (name for name in questions if name in found):
-            latent, support = questions[name], found[name].support
+            latent, support = questions[name], cast(Any, found[name].support)
             seen[name] = constraint_name(support)
             if support.is_discrete:
                 answers[name] = jnp.bool_(False)

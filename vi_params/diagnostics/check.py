@@ -78,7 +78,7 @@ def check(target: Target, key: jax.Array, data: Any = None) -> Check:
         problems.append(f"unconstrain does not undo constrain (off by {float(round_trip):.3g})")
     if not finite_gradient:
         problems.append("the gradient in unconstrained space is not finite")
-    return _report(target, *found, problems)
+    return _report(target, found, problems)
 
 
 def check_objective(objective: Objective, params: Any, key: jax.Array, data: Any) -> Check:
@@ -92,7 +92,7 @@ def check_objective(objective: Objective, params: Any, key: jax.Array, data: Any
         latents = objective.guide.sample(params, key, data).latents
         return _look(objective.target, values, latents, data)
 
-    return _report(objective.target, *at_draw(params, key, data), [])
+    return _report(objective.target, at_draw(params, key, data), [])
 
 
 def _look(target: Target, values: Any, latents: Any, data: Any) -> tuple[Any, Any, Any]:
@@ -100,7 +100,8 @@ def _look(target: Target, values: Any, latents: Any, data: Any) -> tuple[Any, An
     return latents, gradient, target.terms(values, latents, data)
 
 
-def _report(target: Target, latents: Any, gradient: Any, terms: Any, problems: list[str]) -> Check:
+def _report(target: Target, found: tuple[Any, Any, Any], problems: list[str]) -> Check:
+    latents, gradient, terms = found
     rows = []
     for name, latent in target.latents.items():
         value, slope = np.asarray(latents[name]), np.asarray(gradient[name])

@@ -58,7 +58,7 @@ def _uniform(target: Target, key: jax.Array) -> dict[str, jax.Array]:
 
     One vectorised draw for all: a draw for each latent would compile the generator as often.
     """
-    shapes = {name: latent.unconstrained_shape for name, latent in target.latents.items()}
+    shapes = {name: latent.unconstrained_shape or () for name, latent in target.latents.items()}
     sizes = [math.prod(shape) for shape in shapes.values()]
     words = np.repeat(np.array([name_words(name) for name in shapes]).reshape(-1, 2), sizes, axis=0)
     place = np.concatenate([np.arange(0), *(np.arange(size) for size in sizes)])
@@ -67,7 +67,7 @@ def _uniform(target: Target, key: jax.Array) -> dict[str, jax.Array]:
         own = fold_in_words(key, (*words, place))
         return jax.random.uniform(own, minval=-RADIUS, maxval=RADIUS)
 
-    u = jax.vmap(draw)(words.astype(np.uint32), place.astype(np.uint32))
+    u = jax.vmap(draw)(jnp.asarray(words, jnp.uint32), jnp.asarray(place, jnp.uint32))
     parts = jnp.split(u, np.cumsum(sizes)[:-1])
     return {
         name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)

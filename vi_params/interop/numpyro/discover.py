@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 from numpyro import distributions as dist
@@ -140,7 +142,7 @@ def is_delta(fn: Any) -> bool:
     return isinstance(fn, dist.Delta)
 
 
-_UNIFORM = init_to_uniform()
+_UNIFORM: Any = init_to_uniform()
 
 
 def _uniform_where_free(site: Mapping[str, Any]) -> Any:
@@ -254,14 +256,18 @@ def _plate_size(name: str, site: Mapping[str, Any]) -> int:
     return size
 
 
-def _constants(f: Callable[..., dict[str, Any]], *inputs: Any) -> dict[str, Any]:
-    """The entries of `f(key, data, ...)` that do not depend on the key (nor on any input past the
-    data), evaluated.
+def _constants(
+    f: Callable[..., dict[str, Any]], key: Any, data: Any, values: Any = None
+) -> dict[str, Any]:
+    """The entries of `f(key, data)` that do not depend on the key, evaluated at the data; or, where
+    `values` are given, those of `f(key, data, values)` that depend on nothing.
 
     Dependence is read off the jaxpr: an output depends on an input if some chain of equations leads
     there. What is a Python number or an array made outside is itself.
     """
     concrete: dict[str, Any] = {}
+
+    inputs = (key, data) if values is None else (key, data, values)
 
     def traced(*inputs: Any) -> dict[str, Any]:
         found = f(*inputs)
@@ -273,9 +279,7 @@ def _constants(f: Callable[..., dict[str, Any]], *inputs: Any) -> dict[str, Any]
     closed, shape = jax.make_jaxpr(traced, return_shape=True)(*inputs)
     if not jax.tree.leaves(shape):
         return concrete
-    is_support = len(inputs) > 2
-    free = len(jax.tree.leaves(inputs[1])) if not is_support else 0
-    moving = set(closed.jaxpr.invars[:1]) | set(closed.jaxpr.invars[1 + free :])
+    moving = set(closed.jaxpr.invars if values is not None else closed.jaxpr.invars[:1])
     for equation in closed.jaxpr.eqns:
         if any(v in moving for v in equation.invars if not isinstance(v, Literal)):
             moving.update(equation.outvars)
@@ -285,11 +289,9 @@ def _constants(f: Callable[..., dict[str, Any]], *inputs: Any) -> dict[str, Any]
     if fixed:
 
         def evaluate(data: Any) -> dict[str, Any]:
-            rest = [
-                jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), t) for t in inputs[2:]
-            ]
-            found = f(jax.random.key(0), data, *rest)
+            blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), inputs[2:])
+            found = f(jax.random.key(0), data, *blank)
             return {name: found[name] for name in fixed}
 
-        concrete.update(jax.jit(evaluate)(inputs[1]))
+        concrete.update(jax.jit(evaluate)(data))
     return concrete
