@@ -74,9 +74,9 @@ def diagnose(
 ) -> Diagnosis:
     """The ELBO, and whether importance weights from the guide to the target behave.
 
-    Yao, Vehtari, Simpson and Gelman (2018), Yes, but did it work?: Evaluating variational inference,
-    section 2. Weights see only where the guide puts draws: a mode that it misses altogether stays
-    unseen.
+    Yao, Vehtari, Simpson and Gelman (2018), Yes, but did it work?: Evaluating variational
+    inference, section 2. Weights see only where the guide puts draws: a mode that it misses
+    altogether stays unseen.
 
     Args:
         target: what was approximated.
@@ -104,6 +104,8 @@ def diagnose(
     """
     require_key(key, "diagnose")
     require_count(num_draws, "num_draws", "diagnose", least=25)
+    if batch_size is not None:
+        require_count(batch_size, "batch_size", "diagnose")
     data = joint_data(target, guide) if data is None else data
     return program(_diagnose, target, guide, num_draws, batch_size)(params, key, data)
 
@@ -137,7 +139,7 @@ def _diagnose(target: Target, guide: Guide, num_draws: int, batch_size: int | No
 
 
 def threshold(num_draws: int) -> float:
-    """The largest k-hat at which weights of that many draws can be relied on (Vehtari et al. 2024)."""
+    """The largest k-hat at which that many weights can be relied on (Vehtari et al., 2024)."""
     return min(1 - 1 / math.log10(num_draws), 0.7)
 
 
@@ -151,7 +153,7 @@ def _verdict(elbo: float, k_hat: float, ess: float, num_draws: int) -> str:
         )
     limit = threshold(num_draws)
     share = 100 * ess / num_draws
-    if k_hat < 0.5 and share > 50:
+    if k_hat < 0.5 and share > 50 and math.isfinite(elbo):
         return f"Trust this: the guide is close to the posterior (k-hat {k_hat:.2f} < 0.5)."
     if k_hat < limit:
         return (

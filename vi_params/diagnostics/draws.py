@@ -51,6 +51,8 @@ def draws(
     """
     require_key(key, "draws")
     require_count(num_draws, "num_draws", "draws")
+    if batch_size is not None:
+        require_count(batch_size, "batch_size", "draws")
     data = joint_data(target, guide) if data is None else data
     return program(_draws, target, guide, num_draws, batch_size)(params, key, data)
 

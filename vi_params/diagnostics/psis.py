@@ -9,6 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vi_params._check import explain
+
 
 class Smoothed(NamedTuple):
     """Smoothed importance weights.
@@ -37,7 +39,8 @@ def psis(log_ratios: jax.Array) -> Smoothed:
         log_ratios: log p - log q of S draws from q, shape `(S,)`, S >= 25. -inf is weight zero.
 
     Returns:
-        `Smoothed`. `k_hat` is 0 where the tail has no spread, and NaN where a ratio is NaN or +inf.
+        `Smoothed`. `k_hat` is 0 where the tail has no spread. All is NaN where a ratio is NaN or
+        +inf, or all are -inf.
 
     Raises:
         ValueError: fewer than 25 ratios, or not a vector.
@@ -49,13 +52,17 @@ def psis(log_ratios: jax.Array) -> Smoothed:
     """
     if log_ratios.ndim != 1 or log_ratios.shape[0] < 25:
         raise ValueError(
-            f"psis takes a vector of at least 25 log ratios, received shape {log_ratios.shape}"
+            explain(
+                "Too few log ratios, or not a vector of them.",
+                expected="shape (num_draws,), num_draws >= 25",
+                received=f"shape {log_ratios.shape}",
+                where="vi.diagnostics.psis",
+            )
         )
     num = log_ratios.shape[0]
     tail = math.ceil(min(num / 5, 3 * math.sqrt(num)))
-    broken = jnp.any(jnp.isnan(log_ratios) | (log_ratios == jnp.inf))
-    largest = jnp.max(jnp.where(jnp.isfinite(log_ratios), log_ratios, -jnp.inf))
-    shift = jnp.where(jnp.isfinite(largest), largest, 0.0)
+    shift = jnp.max(log_ratios)
+    broken = ~jnp.isfinite(shift)
     x = jnp.where(broken, 0.0, log_ratios - shift)
 
     order = jnp.argsort(x)
@@ -63,11 +70,13 @@ def psis(log_ratios: jax.Array) -> Smoothed:
     tiny = math.log(float(jnp.finfo(x.dtype).tiny))
     cutoff = jnp.maximum(ranked[num - tail - 1], tiny)
     excess = jnp.maximum(jnp.exp(ranked[num - tail :]) - jnp.exp(cutoff), 0.0)
-    spread = excess[-1] > 16 * jnp.finfo(x.dtype).eps * jnp.exp(cutoff)
+    # Weights this level have no tail to fit; what is left of it may be rounding of log p and log q.
+    spread = excess[-1] > 0.01 * jnp.exp(cutoff)
     k_hat, scale = _fit_pareto(jnp.where(spread, excess, jnp.arange(1.0, tail + 1)))
     levels = (jnp.arange(tail) + 0.5) / tail
     smooth = jnp.log(_pareto_quantile(levels, k_hat, scale) + jnp.exp(cutoff))
-    smooth = jnp.where(spread & jnp.isfinite(smooth), jnp.minimum(smooth, 0.0), ranked[num - tail :])
+    smooth = jnp.minimum(smooth, 0.0)
+    smooth = jnp.where(spread & jnp.isfinite(smooth), smooth, ranked[num - tail :])
     x = x.at[order[num - tail :]].set(smooth)
 
     total = jax.scipy.special.logsumexp(x)
@@ -84,8 +93,8 @@ def psis(log_ratios: jax.Array) -> Smoothed:
 def _fit_pareto(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Shape k and scale sigma of a generalised Pareto distribution, from its ascending sample.
 
-    Zhang and Stephens (2009), Technometrics 51(3): the posterior mean of b = k / sigma over a grid of
-    m points, under a data-dependent prior; then k = mean log(1 - b x), shrunk towards 1/2 by ten
+    Zhang and Stephens (2009), Technometrics 51(3): the posterior mean of b = k / sigma over a grid
+    of m points, under a data-dependent prior; then k = mean log(1 - b x), shrunk towards 1/2 by ten
     prior observations.
     """
     n = x.shape[0]

@@ -1,5 +1,6 @@
 """The host loop for people: compiled calls, a progress bar, a stopping rule, restarts."""
 
+import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from vi_params.fitting.result import Fit, Progress, Status, assemble
 from vi_params.fitting.stopping import Stopping, plateau
 from vi_params.objectives.objective import Objective, resolve
 from vi_params.params import init_params
-from vi_params.svi import require_params
+from vi_params.svi import TRIES, require_params
 
 CALL_SECONDS = 0.2
 """How long one compiled call should take: the bar moves, and Ctrl-C is heard, that often."""
@@ -104,11 +105,9 @@ def fit(
             )
     stop = stop or plateau()
     optimizer = default_optimizer() if optimizer is None else optimizer
-    compiled: Programs = program(programs, objective, optimizer, stop, restarts)
+    compiled: Programs = program(programs, objective, restarts, alike=(optimizer, stop))
 
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(restarts))
-    start_keys = jax.vmap(lambda k: fold_in_name(k, "start"))(keys)
-    step_keys = jax.vmap(lambda k: fold_in_name(k, "step"))(keys)
+    start_keys, step_keys, final_key = _keys(key, restarts)
     lanes = compiled.begin(start_keys, params, data)
     _require_valid(objective, lanes, start_keys, params, data)
 
@@ -121,7 +120,7 @@ def fit(
             Status.INTERRUPTED if status is Status.NUM_STEPS else status for status in statuses
         ]
     if restarts > 1:
-        compared = compiled.compare(lanes.state.params, fold_in_name(key, "compare"), data)
+        compared = compiled.compare(lanes, final_key, data)
         elbos, ses, differences = (np.asarray(x) for x in compared)
     else:
         elbos, ses = _tail(losses)
@@ -129,6 +128,14 @@ def fit(
     return assemble(
         lanes.state, losses, statuses, np.asarray(lanes.skipped), elbos, ses, differences
     )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _keys(key: jax.Array, restarts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Keys for the starts and the steps of every restart, and one for the comparison at the end."""
+    own = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(restarts))
+    start, step = (jax.vmap(lambda k, n=n: fold_in_name(k, n))(own) for n in ("start", "step"))
+    return start, step, fold_in_name(key, "compare")
 
 
 def _loop(
@@ -148,7 +155,7 @@ def _loop(
     records: list[np.ndarray] = []
     sent = read = 0
     count = stop.every
-    waiting: list[tuple[int, jax.Array, jax.Array]] = []
+    waiting: list[tuple[jax.Array, jax.Array, jax.Array]] = []
     ended = False
     bar = tqdm(total=num_steps, disable=not progress, file=sys.stderr, unit="step")
     with Interrupt() as interrupt, bar:
@@ -157,20 +164,23 @@ def _loop(
             try:
                 if sent < num_steps and not ended:
                     n = min(count, num_steps - sent)
-                    lanes, record = compiled.advance(lanes, keys, jnp.int32(n), data)
-                    waiting.append((n, record, lanes.outcome.copy()))
+                    lanes, losses, made = compiled.advance(lanes, keys, jnp.int32(n), data)
+                    waiting.append((made, losses, lanes.outcome.copy()))
                     sent += n
                     if len(waiting) < 2 and sent < num_steps:
                         continue
-                n, record, outcome = waiting.pop(0)
-                record = np.asarray(record)[:, :n]
-                running = np.asarray(outcome) == RUNNING
+                # Waited for before it is taken off: an interrupted wait loses nothing.
+                made, losses, outcome = jax.device_get(waiting[0])
+                waiting.pop(0)
+                if made == 0:  # all had stopped in the call before
+                    continue
+                record, running = losses[:, :made], outcome == RUNNING
                 records.append(record)
-                read += n
+                read += int(made)
                 now = time.perf_counter()
                 count = _next_count(count, now - before, stop.every, compiled.capacity)
                 before = now
-                bar.update(n)
+                bar.update(int(made))
                 bar.set_postfix_str(_postfix(record, running), refresh=False)
                 stopped = [
                     callback(Progress(read, record, running)) is True for callback in callbacks
@@ -181,9 +191,8 @@ def _loop(
                 ended = ended or not running.any()
             except KeyboardInterrupt:
                 interrupt.wanted = ended = True
-        steps = int(np.max(np.asarray(lanes.state.step)))
-    losses = np.concatenate(records, axis=1) if records else np.zeros((len(keys), 0))
-    return lanes, losses[:, :steps], interrupt.wanted
+    record = np.concatenate(records, axis=1) if records else np.zeros((len(keys), 0))
+    return lanes, record, interrupt.wanted
 
 
 def _next_count(count: int, seconds: float, every: int, capacity: int) -> int:
@@ -218,6 +227,7 @@ def _require_valid(
     """Raises, saying why, where no restart has a valid start."""
     if np.any(np.asarray(lanes.outcome) == RUNNING):
         return
+    where = "the given params" if params is not None else f"one of {TRIES} starts"
     if params is None:
         params = init_params(objective.declared, jax.random.fold_in(keys[0], 0))
     report = check_objective(objective, params, keys[0], data)
@@ -225,7 +235,7 @@ def _require_valid(
     raise ValueError(
         explain(
             "No start has a finite loss and gradient.",
-            expected="a finite log density and gradient at one of 100 starts",
+            expected=f"a finite log density and gradient at {where}",
             received=problems,
             where="fit",
             hint="choose the start (init= of the guide) or mend the model; vi.check(target, key) "

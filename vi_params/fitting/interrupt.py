@@ -14,6 +14,7 @@ class Interrupt:
     """
 
     def __init__(self) -> None:
+        """Not wanted yet; the handler is set on entering."""
         self.wanted = False
         self._before: Any = None
 

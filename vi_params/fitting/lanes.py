@@ -21,6 +21,9 @@ CALL = 4096
 EVALUATIONS = 1000
 """How many draws the final comparison of restarts takes at least."""
 
+REPEATS = 10
+"""How many evaluations it takes at least, for a standard error."""
+
 
 class Lanes(NamedTuple):
     """All restarts; every leaf has them as its leading axis.
@@ -43,20 +46,22 @@ class Programs(NamedTuple):
 
     Attributes:
         begin: `(keys, params, data) -> Lanes`; `params` None or those of one start.
-        advance: `(lanes, keys, count, data) -> (lanes, losses)`: `count` more steps, at most
-            `capacity`; losses of shape `(restarts, capacity)`, NaN where no step was made.
-        compare: `(params, key, data) -> (elbos, ses, ses of differences)` by common random numbers.
+        advance: `(lanes, keys, count, data) -> (lanes, losses, made)`: `count` more steps, at most
+            `capacity`, or until all have stopped; `made` is how many. Losses have the shape
+            `(restarts, capacity)`, NaN where a lane made no step.
+        compare: `(lanes, key, data) -> (elbos, ses, ses of differences)` by common random numbers;
+            NaN where a lane never began.
         capacity: how many steps one call can make.
     """
 
     begin: Callable[..., Lanes]
-    advance: Callable[..., tuple[Lanes, jax.Array]]
+    advance: Callable[..., tuple[Lanes, jax.Array, jax.Array]]
     compare: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
     capacity: int
 
 
 def programs(
-    objective: Objective, optimizer: optax.GradientTransformation, stop: Stopping, restarts: int
+    objective: Objective, restarts: int, optimizer: optax.GradientTransformation, stop: Stopping
 ) -> Programs:
     """The programs of a fit with that many restarts."""
     inference = svi(objective, optimizer)
@@ -108,8 +113,8 @@ def programs(
             return done + n, lanes, lax.dynamic_update_slice(record, losses, (done * 0, done))
 
         record = jnp.full((restarts, capacity), jnp.nan)
-        _, lanes, record = lax.while_loop(go_on, body, (jnp.int32(0), lanes, record))
-        return lanes, record
+        made, lanes, record = lax.while_loop(go_on, body, (jnp.int32(0), lanes, record))
+        return lanes, record, made
 
     def begin(keys: jax.Array, params: Any, data: Any) -> Lanes:
         def one(key: jax.Array) -> Lanes:
@@ -129,25 +134,34 @@ def programs(
 
 
 def _compare(objective: Objective) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
-    """The ELBO of every lane at the same noise, with standard errors."""
+    """The ELBO of every lane at the same noise, with standard errors.
 
-    def compare(params: Any, key: jax.Array, data: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    Evaluations that are not finite are left out, as the steps at such noise were.
+    """
+
+    def compare(lanes: Lanes, key: jax.Array, data: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         noise = jax.eval_shape(objective.noise, key)
         particles = jax.tree.leaves(noise)[0].shape[0]
-        repeats = -(-EVALUATIONS // particles)
+        repeats = max(REPEATS, -(-EVALUATIONS // particles))
         keys = jax.random.split(key, repeats)
 
         def all_lanes(key: jax.Array) -> jax.Array:
             noise = objective.noise(key)
-            return jax.vmap(lambda p: -objective.evaluate(p, noise, data)[0])(params)
+            return jax.vmap(lambda p: -objective.evaluate(p, noise, data)[0])(lanes.state.params)
 
         elbos = lax.map(all_lanes, keys).T
-        means = jnp.mean(elbos, axis=1)
-        best = jnp.argmax(jnp.where(jnp.isfinite(means), means, -jnp.inf))
-        root = jnp.sqrt(repeats)
-        return means, jnp.std(elbos, axis=1) / root, jnp.std(elbos - elbos[best], axis=1) / root
+        began = (lanes.outcome != INVALID)[:, None]
+        elbos = jnp.where(jnp.isfinite(elbos) & began, elbos, jnp.nan)
+        means = jnp.nanmean(elbos, axis=1)
+        best = jnp.argmax(jnp.where(jnp.isnan(means), -jnp.inf, means))
+        return means, _standard_error(elbos), _standard_error(elbos - elbos[best])
 
     return compare
+
+
+def _standard_error(x: jax.Array) -> jax.Array:
+    """That of the mean of each row, NaN left out."""
+    return jnp.nanstd(x, axis=1) / jnp.sqrt(jnp.sum(~jnp.isnan(x), axis=1))
 
 
 def _one_lane(f: Callable) -> Callable:

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vi_params._check import require_count
+
 CAPACITY = 64
 """How many block averages a plateau rule remembers; even."""
 
@@ -60,6 +62,7 @@ def never(*, every: int = 100) -> Stopping:
         >>> vi.stopping.never().every
         100
     """
+    require_count(every, "every", "vi.stopping.never")
     return Stopping(every, _never_init, _never_update)
 
 
@@ -70,8 +73,8 @@ def plateau(
 
     The last w steps are compared with the w before them, and the last 2 w with the 2 w before, w
     being the larger of `window` and an eighth of all steps. The loss is level at a width if the
-    average fell by less than `noise` standard errors of the difference, or by less than `tolerance`.
-    It stops where it is level at both.
+    average fell by less than `noise` standard errors of the difference, or by less than
+    `tolerance`. It stops where it is level at both.
 
     The comparison of adjacent blocks at two horizons is that of PyMC's plateau rule (pymc-extras,
     pull request 733); the averages here are of medians of `every` losses each, so that a few wild
@@ -86,10 +89,16 @@ def plateau(
     Returns:
         A `Stopping`.
 
+    Raises:
+        ValueError: window < 1, every < 1.
+
     Example:
         >>> fitted = vi.stopping.plateau(window=500)
     """
-    return Stopping(every, _plateau_init, _plateau_update, Plateau(window / every, noise, tolerance))
+    require_count(window, "window", "vi.stopping.plateau")
+    require_count(every, "every", "vi.stopping.plateau")
+    options = Plateau(window / every, noise, tolerance)
+    return Stopping(every, _plateau_init, _plateau_update, options)
 
 
 def _never_init(options: Any) -> Any:
