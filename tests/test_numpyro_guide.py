@@ -83,6 +83,7 @@ def test_auxiliary_sites_are_positions_not_latents(kind):
     np.testing.assert_allclose(draw.log_prob, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_elbo_is_numpyro_s(target):
     """At the same parameters of AutoNormal, our mean loss over 4,000 draws is that of numpyro's
     Trace_ELBO within four standard errors of their difference."""

@@ -80,6 +80,7 @@ def nested_uniform():
     numpyro.sample("b", dist.Uniform(a, 2.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [vi.guides.mean_field, vi.guides.full_rank])
 def test_dynamic_support_is_never_left(family):
     """With b ~ Uniform(a, 2): 2,000 steps without an infinite loss, an ELBO close to the evidence
