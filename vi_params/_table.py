@@ -17,9 +17,9 @@ class Table:
 
     Example:
         >>> print(Table(("name", "mean"), (("mu", 4.41), ("tau", 3.6))))
-        name  mean
-        mu    4.41
-        tau    3.6
+        name   mean
+        mu    4.410
+        tau   3.600
     """
 
     columns: tuple[str, ...]
@@ -69,8 +69,10 @@ class Table:
 
 
 def _text(entry: Any) -> str:
-    if isinstance(entry, bool) or not isinstance(entry, float):
+    """Numbers to four significant digits, and two decimals at least: so far down ELBOs differ."""
+    if isinstance(entry, bool) or not isinstance(entry, float) or not math.isfinite(entry):
         return str(entry)
-    if not math.isfinite(entry):
-        return str(entry)
-    return f"{entry:.4g}"
+    magnitude = math.floor(math.log10(abs(entry))) if entry else 0
+    if not -5 < magnitude < 8:
+        return f"{entry:.3e}"
+    return f"{entry:.{max(2, 3 - magnitude)}f}"

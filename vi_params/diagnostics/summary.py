@@ -24,8 +24,8 @@ def summary(draws: Mapping[str, Any], *, quantiles: Sequence[float] = (0.05, 0.5
 
     Example:
         >>> print(vi.summary({"z": jnp.array([1.0, 2.0, 3.0])}))
-        name  mean      sd  5%  50%  95%
-        z        2  0.8165  1.1    2  2.9
+        name   mean      sd     5%    50%    95%
+        z     2.000  0.8165  1.100  2.000  2.900
     """
     if not all(0 <= q <= 1 for q in quantiles):
         raise ValueError(
