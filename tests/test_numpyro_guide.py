@@ -27,8 +27,8 @@ def model(y):
 def program(y):
     loc = numpyro.param("mu_loc", jax.random.normal)
     mu = numpyro.sample("mu", dist.Normal(loc, 0.5))
-    shape = numpyro.param("shape", 3.0, constraint=constraints.positive)
-    numpyro.sample("tau", dist.Gamma(shape, 1.0))
+    width = numpyro.param("width", 3.0, constraint=constraints.positive)
+    numpyro.sample("tau", dist.LogNormal(0.0, width))
     with numpyro.plate("rows", y.shape[0]):
         weight = numpyro.param("weight", 0.5 * jnp.ones(3), event_dim=0)
         scale = numpyro.param("scale", jnp.ones(3), constraint=constraints.positive, event_dim=0)
@@ -115,13 +115,13 @@ def test_discovered_parameters():
     declared = vi.numpyro_guide(program, Y).declared
     assert {name: param.plates for name, param in declared.items()} == {
         "mu_loc": (),
-        "shape": (),
+        "width": (),
         "weight": ("rows",),
         "scale": ("rows",),
     }
     one, two = (vi.constrain(declared, vi.init_params(declared, jax.random.key(k))) for k in (0, 1))
     assert one["mu_loc"] != two["mu_loc"]
-    np.testing.assert_allclose(one["shape"], 3.0, rtol=1e-6)
+    np.testing.assert_allclose(one["width"], 3.0, rtol=1e-6)
     np.testing.assert_allclose(one["weight"], 0.5)
 
 
@@ -205,7 +205,7 @@ ERRORS = {
     "declared twice": (
         lambda: vi.numpyro_guide(lambda values, y: program(y), Y, declared=DECLARED),
         ValueError,
-        ["two ways", "either declared= or numpyro.param", "['mu_loc', 'shape', 'weight', 'scale']"],
+        ["two ways", "either declared= or numpyro.param", "['mu_loc', 'width', 'weight', 'scale']"],
     ),
     "observed site": (
         lambda: vi.numpyro_guide(observing, Y),
