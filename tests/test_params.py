@@ -202,3 +202,11 @@ def test_names_of_constraints_tell_them_apart(one, other):
         for c in (one, other)
     )
     assert one != other
+
+
+def test_starts_are_checked_under_vmap_too():
+    """A start on (0, 1), whose logit has a derivative of its own, can be vmapped over keys."""
+    declared = {"p": vi.Param(jnp.full(3, 0.5), constraint=constraints.unit_interval)}
+    keys = jax.random.split(jax.random.key(0), 2)
+    starts = jax.vmap(lambda key: vi.init_params(declared, key))(keys)
+    np.testing.assert_allclose(starts["p"], np.zeros((2, 3)), atol=1e-6)
