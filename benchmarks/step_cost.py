@@ -1,6 +1,6 @@
 """What a step costs: vi_params, NumPyro's SVI and the bare gradient, in one run.
 
-    python benchmarks/step_cost.py [--quick] [--repeats 15] [--output step_cost.json]
+    python benchmarks/step_cost.py [--quick] [--repeats 15] [--output FILE]
 
 Same model, same family (independent normals in unconstrained space), one particle, Adam at 1e-2,
 float32. NumPyro runs at its best: `svi.update` under one jitted `lax.scan`, no progress bar. The
@@ -194,6 +194,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true", help="few repeats, no 80-site NumPyro")
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--output", default="step_cost.json")
     parser.add_argument("--worker", choices=["steps", "first", "fit"], help=argparse.SUPPRESS)
     parser.add_argument("--model", default="", help=argparse.SUPPRESS)
@@ -204,7 +205,7 @@ def main():
         return
 
     rows, results = [], []
-    for name in MODELS:
+    for name in options.models:
         first = in_fresh_process("first", name, repeats, options.quick)
         result = {**in_fresh_process("steps", name, repeats, options.quick), **first}
         theirs = result["numpyro first step (s)"]
