@@ -136,9 +136,7 @@ def svi(objective: Objective, optimizer: optax.GradientTransformation) -> SVI:
         )
         params = optax.apply_updates(state.params, updates)
         finite = all_finite(loss, grads, params)
-        params, opt_state = where_tree(
-            finite, (params, opt_state), (state.params, state.opt_state)
-        )
+        params, opt_state = where_tree(finite, (params, opt_state), (state.params, state.opt_state))
         norm = jnp.sqrt(sum(jnp.sum(jnp.abs(g) ** 2) for g in jax.tree.leaves(grads)))
         return State(params, opt_state, state.step + 1), Info(loss, norm, ~finite)
 
@@ -252,9 +250,7 @@ def noise_of_steps(svi: SVI, key: jax.Array, first: jax.Array, length: int) -> A
 
 def noise_size(svi: SVI) -> int:
     """How many numbers a step's noise holds."""
-    leaves = jax.tree.leaves(
-        jax.eval_shape(svi.noise, jax.eval_shape(lambda: jax.random.key(0)))
-    )
+    leaves = jax.tree.leaves(jax.eval_shape(svi.noise, jax.eval_shape(lambda: jax.random.key(0))))
     return max(1, sum(math.prod(leaf.shape) for leaf in leaves))
 
 

@@ -79,4 +79,3 @@ def over_noise(f: Callable[[Any], Any], noise: Any, batch_size: int | None) -> A
     if batch_size is None or batch_size >= num:
         return jax.vmap(f)(noise)
     return jax.lax.map(f, noise, batch_size=batch_size)
-

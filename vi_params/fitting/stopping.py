@@ -133,9 +133,7 @@ def _remember(memory: Memory, average: jax.Array) -> Memory:
     )
     complete = memory.complete + full
     crowded = complete >= CAPACITY
-    merged = jnp.concatenate(
-        [averages.reshape(-1, 2).mean(axis=1), jnp.zeros(CAPACITY // 2)]
-    )
+    merged = jnp.concatenate([averages.reshape(-1, 2).mean(axis=1), jnp.zeros(CAPACITY // 2)])
     return Memory(
         averages=jnp.where(crowded, merged, averages),
         complete=jnp.where(crowded, CAPACITY // 2, complete).astype(jnp.int32),
