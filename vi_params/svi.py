@@ -191,7 +191,8 @@ def run(
 ) -> tuple[State, jax.Array]:
     """`num_steps` steps in one `lax.scan`: pure, for `jit` and `vmap`.
 
-    The key of a step is folded in from its number, so that two runs of n steps are one run of 2n.
+    The key of a step is folded in from its number, so that two runs of n steps are one run of 2n,
+    bit for bit with JAX's default keys (other key implementations draw otherwise under `vmap`).
 
     Args:
         svi: what `vi.svi` gives.

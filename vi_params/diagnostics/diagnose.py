@@ -157,15 +157,15 @@ def _verdict(elbo: float, k_hat: float, ess: float, num_draws: int) -> str:
         return f"Trust this: the guide is close to the posterior (k-hat {k_hat:.2f} < 0.5)."
     if k_hat < limit:
         return (
-            f"Trust this after importance weighting (k-hat {k_hat:.2f} < {limit:.2f}); unweighted, "
+            f"Trust this after importance weighting (k-hat {k_hat:.3f} < {limit:.2f}); unweighted, "
             f"the guide is a rougher approximation (ESS {share:.0f} % of its draws)."
         )
     if k_hat < 1:
         return (
-            f"Do not trust this: k-hat {k_hat:.2f} >= {limit:.2f}. The guide misses part of the "
+            f"Do not trust this: k-hat {k_hat:.3f} >= {limit:.2f}. The guide misses part of the "
             "posterior's tails: try a richer family or another parameterisation, or use MCMC."
         )
     return (
-        f"Do not trust this: k-hat {k_hat:.2f} >= 1. The guide is far from the posterior: it has "
+        f"Do not trust this: k-hat {k_hat:.2f} >= 1. The guide is far from the posterior: the fit has "
         "not converged, or the family cannot follow the posterior's shape; use MCMC to be sure."
     )

@@ -19,7 +19,7 @@ from vi_params.diagnostics.check import check_objective
 from vi_params.fitting.interrupt import Interrupt
 from vi_params.fitting.lanes import CONVERGED, INVALID, RUNNING, STUCK, Lanes, Programs, programs
 from vi_params.fitting.optimizer import default_optimizer
-from vi_params.fitting.result import Fit, Progress, Status, assemble
+from vi_params.fitting.result import Final, Fit, Progress, Status, assemble
 from vi_params.fitting.stopping import Stopping, plateau
 from vi_params.objectives.objective import Objective, resolve
 from vi_params.params import init_params
@@ -51,8 +51,8 @@ def fit(
 ) -> Fit:
     """The parameters that minimise an objective.
 
-    The steps run in compiled calls; a second fit of the same objective, optimiser and shapes
-    compiles nothing. All restarts run side by side in one program, each from its own start and with
+    The steps run in compiled calls; a second fit of the same `Objective`, an equal optimiser and
+    the same shapes compiles nothing: build the objective once and pass new data as `data`. All restarts run side by side in one program, each from its own start and with
     its own keys, and each is frozen when it has stopped. What a restart does depends on `key` and
     its number alone: not on how many others there are, nor on how the calls are cut.
 
@@ -121,13 +121,10 @@ def fit(
         ]
     if restarts > 1:
         compared = compiled.compare(lanes, final_key, data)
-        elbos, ses, differences = (np.asarray(x) for x in compared)
+        final = Final(*(np.asarray(x) for x in compared))
     else:
-        elbos, ses = _tail(losses)
-        differences = np.zeros(1)
-    return assemble(
-        lanes.state, losses, statuses, np.asarray(lanes.skipped), elbos, ses, differences
-    )
+        final = _tail(losses)
+    return assemble(lanes.state, losses, statuses, np.asarray(lanes.skipped), final)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -212,13 +209,15 @@ def _postfix(record: np.ndarray, running: np.ndarray) -> str:
     return f"{text}, {running.sum()} of {len(running)} running" if len(running) > 1 else text
 
 
-def _tail(losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard error of minus the last losses that are finite."""
+def _tail(losses: np.ndarray) -> Final:
+    """The ELBO of a single restart: the average over its last steps that are finite."""
     last = losses[0, -max(1, min(1000, losses.shape[1] // 4)) :]
-    last = last[np.isfinite(last)]
-    if last.size == 0:
-        return np.array([np.nan]), np.array([np.nan])
-    return np.array([-last.mean()]), np.array([last.std() / np.sqrt(last.size)])
+    known = last[np.isfinite(last)]
+    if known.size == 0:
+        return Final(*np.full((2, 1), np.nan), np.zeros(1), np.ones(1))
+    elbo, se = -known.mean(), known.std() / np.sqrt(known.size)
+    lost = 1 - known.size / last.size
+    return Final(np.array([elbo]), np.array([se]), np.zeros(1), np.array([lost]))
 
 
 def _require_valid(

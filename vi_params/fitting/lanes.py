@@ -49,14 +49,14 @@ class Programs(NamedTuple):
         advance: `(lanes, keys, count, data) -> (lanes, losses, made)`: `count` more steps, at most
             `capacity`, or until all have stopped; `made` is how many. Losses have the shape
             `(restarts, capacity)`, NaN where a lane made no step.
-        compare: `(lanes, key, data) -> (elbos, ses, ses of differences)` by common random numbers;
-            NaN where a lane never began.
+        compare: `(lanes, key, data) -> (elbos, ses, ses of differences, lost)` by common random
+            numbers; NaN where a lane never began. `lost` is the share of draws left out.
         capacity: how many steps one call can make.
     """
 
     begin: Callable[..., Lanes]
     advance: Callable[..., tuple[Lanes, jax.Array, jax.Array]]
-    compare: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+    compare: Callable[..., tuple[jax.Array, jax.Array, jax.Array, jax.Array]]
     capacity: int
 
 
@@ -133,13 +133,13 @@ def programs(
     )
 
 
-def _compare(objective: Objective) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
+def _compare(objective: Objective) -> Callable[..., tuple[jax.Array, ...]]:
     """The ELBO of every lane at the same noise, with standard errors.
 
-    Evaluations that are not finite are left out, as the steps at such noise were.
+    Evaluations that are not finite are left out, as the steps at such noise were, and counted.
     """
 
-    def compare(lanes: Lanes, key: jax.Array, data: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def compare(lanes: Lanes, key: jax.Array, data: Any) -> tuple[jax.Array, ...]:
         noise = jax.eval_shape(objective.noise, key)
         particles = jax.tree.leaves(noise)[0].shape[0]
         repeats = max(REPEATS, -(-EVALUATIONS // particles))
@@ -153,10 +153,18 @@ def _compare(objective: Objective) -> Callable[..., tuple[jax.Array, jax.Array, 
         began = (lanes.outcome != INVALID)[:, None]
         elbos = jnp.where(jnp.isfinite(elbos) & began, elbos, jnp.nan)
         means = jnp.nanmean(elbos, axis=1)
-        best = jnp.argmax(jnp.where(jnp.isnan(means), -jnp.inf, means))
-        return means, _standard_error(elbos), _standard_error(elbos - elbos[best])
+        lost = jnp.mean(jnp.isnan(elbos), axis=1)
+        best = jnp.argmax(ranking(means, lost))
+        return means, _standard_error(elbos), _standard_error(elbos - elbos[best]), lost
 
     return compare
+
+
+def ranking(elbos: jax.Array, lost: jax.Array) -> jax.Array:
+    """What restarts are ranked by: their ELBOs, those with draws left out behind all others."""
+    rank = jnp.where(jnp.isfinite(elbos), elbos, -jnp.inf)
+    whole = lost == 0
+    return jnp.where(whole | ~jnp.any(whole), rank, -jnp.inf)
 
 
 def _standard_error(x: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from vi_params._table import Table
+from vi_params.fitting.lanes import ranking
 from vi_params.svi import State
 
 
@@ -87,14 +88,28 @@ class Fit:
     __str__ = __repr__
 
 
+class Final(NamedTuple):
+    """The ELBOs of all restarts at the end.
+
+    Attributes:
+        elbos: in nats, shape `(restarts,)`.
+        ses: their standard errors.
+        differences_se: the standard errors of the paired differences from the best.
+        lost: the share of draws that were not finite and are left out.
+    """
+
+    elbos: np.ndarray
+    ses: np.ndarray
+    differences_se: np.ndarray
+    lost: np.ndarray
+
+
 def assemble(
     states: State,
     losses: np.ndarray,
     statuses: list[Status],
     skipped: np.ndarray,
-    elbos: np.ndarray,
-    elbo_ses: np.ndarray,
-    differences_se: np.ndarray,
+    final: Final,
 ) -> Fit:
     """The `Fit` of all restarts: the best chosen, the others compared with it.
 
@@ -103,16 +118,16 @@ def assemble(
         losses: shape `(restarts, steps)`.
         statuses: how each ended.
         skipped: how many steps of each were skipped.
-        elbos: the final ELBO of each.
-        elbo_ses: their standard errors.
-        differences_se: the standard errors of the paired differences from the best.
+        final: their ELBOs.
     """
     steps = np.asarray(states.step)
-    best = int(np.argmax(np.where(np.isfinite(elbos), elbos, -np.inf)))
+    rank = np.asarray(ranking(final.elbos, final.lost))
+    best = int(np.argmax(rank))
     state = jax.tree.map(lambda leaf: leaf[best], states)
+    elbos, ses = final.elbos, final.ses
     rows = tuple(
-        (i, float(elbos[i]), float(elbo_ses[i]), int(steps[i]), int(skipped[i]), statuses[i].name)
-        for i in np.argsort(-np.where(np.isfinite(elbos), elbos, -np.inf), kind="stable").tolist()
+        (i, float(elbos[i]), float(ses[i]), int(steps[i]), int(skipped[i]), statuses[i].name)
+        for i in np.argsort(-rank, kind="stable").tolist()
     )
     columns = ("restart", "elbo", "se", "steps", "skipped", "status")
     return Fit(
@@ -123,10 +138,10 @@ def assemble(
         steps=int(steps[best]),
         skipped=int(skipped[best]),
         elbo=float(elbos[best]),
-        elbo_se=float(elbo_ses[best]),
+        elbo_se=float(ses[best]),
         best=best,
         restarts=Table(columns, rows),
-        message=_compare(elbos, differences_se, best),
+        message=_message(final, best),
         all_states=states,
         all_losses=losses,
     )
@@ -136,10 +151,19 @@ AGREEMENT = 0.1
 """Restarts agree if their ELBOs differ by less than this many nats, or by noise."""
 
 
+def _message(final: Final, best: int) -> str:
+    """What a reader must know beside the numbers, in words."""
+    told = _compare(final.elbos, final.differences_se, best) if len(final.elbos) > 1 else ""
+    if 0 < final.lost[best] < 1:
+        told += (
+            f"\n{100 * final.lost[best]:.2g} % of the draws behind this ELBO were not finite and are "
+            "left out of it; vi.check(target, key) helps to find the site."
+        )
+    return told.strip()
+
+
 def _compare(elbos: np.ndarray, differences_se: np.ndarray, best: int) -> str:
     """Whether the restarts agree, in words."""
-    if len(elbos) == 1:
-        return ""
     gap = elbos[best] - elbos
     finite = np.isfinite(gap)
     near = finite & (gap <= np.maximum(AGREEMENT, 3 * np.nan_to_num(differences_se)))
