@@ -124,4 +124,5 @@ def test_a_density_that_is_nan_at_some_draws_still_has_a_best():
     fit = fitted(vi.elbo(target, vi.guides.mean_field(target)), 4)
     assert fit.skipped > 0
     assert np.isfinite(fit.elbo)
+    assert "not finite" in fit.message
     assert float(fit.params["guide"]["loc"][0]) > 4.0

@@ -166,6 +166,6 @@ def _verdict(elbo: float, k_hat: float, ess: float, num_draws: int) -> str:
             "posterior's tails: try a richer family or another parameterisation, or use MCMC."
         )
     return (
-        f"Do not trust this: k-hat {k_hat:.2f} >= 1. The guide is far from the posterior: the fit has "
-        "not converged, or the family cannot follow the posterior's shape; use MCMC to be sure."
+        f"Do not trust this: k-hat {k_hat:.2f} >= 1. The guide is far from the posterior: the fit "
+        "has not converged, or the family cannot follow the posterior's shape; use MCMC to be sure."
     )

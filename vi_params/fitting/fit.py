@@ -52,9 +52,11 @@ def fit(
     """The parameters that minimise an objective.
 
     The steps run in compiled calls; a second fit of the same `Objective`, an equal optimiser and
-    the same shapes compiles nothing: build the objective once and pass new data as `data`. All restarts run side by side in one program, each from its own start and with
-    its own keys, and each is frozen when it has stopped. What a restart does depends on `key` and
-    its number alone: not on how many others there are, nor on how the calls are cut.
+    the same shapes compiles nothing: build the objective once and pass new data as `data`.
+
+    All restarts run side by side in one program, each from its own start and with its own keys, and
+    each is frozen when it has stopped. What a restart does depends on `key` and its number alone:
+    not on how many others there are, nor on how the calls are cut.
 
     Args:
         objective: what to minimise.
@@ -214,7 +216,7 @@ def _tail(losses: np.ndarray) -> Final:
     last = losses[0, -max(1, min(1000, losses.shape[1] // 4)) :]
     known = last[np.isfinite(last)]
     if known.size == 0:
-        return Final(*np.full((2, 1), np.nan), np.zeros(1), np.ones(1))
+        return Final(np.full(1, np.nan), np.full(1, np.nan), np.zeros(1), np.ones(1))
     elbo, se = -known.mean(), known.std() / np.sqrt(known.size)
     lost = 1 - known.size / last.size
     return Final(np.array([elbo]), np.array([se]), np.zeros(1), np.array([lost]))

@@ -154,17 +154,10 @@ def _compare(objective: Objective) -> Callable[..., tuple[jax.Array, ...]]:
         elbos = jnp.where(jnp.isfinite(elbos) & began, elbos, jnp.nan)
         means = jnp.nanmean(elbos, axis=1)
         lost = jnp.mean(jnp.isnan(elbos), axis=1)
-        best = jnp.argmax(ranking(means, lost))
+        best = jnp.argmax(jnp.where(jnp.isnan(means), -jnp.inf, means))
         return means, _standard_error(elbos), _standard_error(elbos - elbos[best]), lost
 
     return compare
-
-
-def ranking(elbos: jax.Array, lost: jax.Array) -> jax.Array:
-    """What restarts are ranked by: their ELBOs, those with draws left out behind all others."""
-    rank = jnp.where(jnp.isfinite(elbos), elbos, -jnp.inf)
-    whole = lost == 0
-    return jnp.where(whole | ~jnp.any(whole), rank, -jnp.inf)
 
 
 def _standard_error(x: jax.Array) -> jax.Array:

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from vi_params._table import Table
-from vi_params.fitting.lanes import ranking
 from vi_params.svi import State
 
 
@@ -121,7 +120,7 @@ def assemble(
         final: their ELBOs.
     """
     steps = np.asarray(states.step)
-    rank = np.asarray(ranking(final.elbos, final.lost))
+    rank = np.where(np.isfinite(final.elbos), final.elbos, -np.inf)
     best = int(np.argmax(rank))
     state = jax.tree.map(lambda leaf: leaf[best], states)
     elbos, ses = final.elbos, final.ses
@@ -156,8 +155,8 @@ def _message(final: Final, best: int) -> str:
     told = _compare(final.elbos, final.differences_se, best) if len(final.elbos) > 1 else ""
     if 0 < final.lost[best] < 1:
         told += (
-            f"\n{100 * final.lost[best]:.2g} % of the draws behind this ELBO were not finite and are "
-            "left out of it; vi.check(target, key) helps to find the site."
+            f"\n{100 * final.lost[best]:.2g} % of the draws behind this ELBO were not finite and "
+            "are left out of it; vi.check(target, key) helps to find the site."
         )
     return told.strip()
 
