@@ -12,7 +12,7 @@ from numpyro import distributions as dist
 
 from vi_params._check import explain, require_names
 from vi_params._tree import fold_in_name, pick, strong
-from vi_params.params import Latent, constrain, constrain_with_log_det, unconstrain
+from vi_params.params import Latent, constrain_with_log_det, unconstrain
 from vi_params.params.declare import Declared, normalise
 
 EMPTY: Mapping[str, Any] = MappingProxyType({})
@@ -297,6 +297,3 @@ def _plain_start(
         }
         start[name] = strategy(site)
     return unconstrain(latents, start)
-
-
-__all__ = ["FlatTarget", "Target", "constrain", "flat", "target"]

@@ -8,7 +8,8 @@ import jax
 from vi_params._cache import program
 from vi_params._check import require_count, require_key
 from vi_params._tree import pick
-from vi_params.guide import Guide, joint_data, matched
+from vi_params.guide import Guide
+from vi_params.matching import joint_data, matched
 from vi_params.params import constrain
 from vi_params.target import Target
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from vi_params._check import explain, require_count
 from vi_params._tree import pick
 from vi_params.estimators import Estimator, pathwise
-from vi_params.guide import Guide, joint_data, joint_declared, matched, without_gradient
+from vi_params.guide import Guide
+from vi_params.matching import joint_data, joint_declared, matched, without_gradient
 from vi_params.noise import Noise, iid
 from vi_params.objectives.objective import Aux, Objective, objective
 from vi_params.params import constrain

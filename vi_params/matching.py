@@ -1,0 +1,171 @@
+"""A target and a guide together: their parameters, their data, and whether their latents agree."""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from numpyro.distributions import constraints
+
+from vi_params._check import explain, require_names
+from vi_params._tree import fold_in_name, is_traced, merge
+from vi_params.guide import SINGLE, Draw, Guide
+from vi_params.params import Latent, init_params
+from vi_params.params.declare import bijector, constraint_name
+from vi_params.params.maps import abstract_params
+from vi_params.target import Target
+
+
+def matched(target: Target, guide: Guide) -> Guide:
+    """The guide, checked to draw the target's latents: names, shapes and supports.
+
+    A guide of one unnamed latent takes the name of the target's only one.
+    """
+    params = abstract_params(joint_declared(target, guide))
+    data = joint_data(target, guide)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    draw = jax.eval_shape(guide.sample, params, key, data)
+    if not isinstance(draw.latents, Mapping):
+        guide = _name_single(target, guide)
+        draw = jax.eval_shape(guide.sample, params, key, data)
+    require_names(
+        list(draw.latents),
+        list(target.latents),
+        what="latents of the guide",
+        where="target and guide",
+    )
+    for name, latent in target.latents.items():
+        received = draw.latents[name].shape
+        if received != latent.shape:
+            raise ValueError(
+                explain(
+                    "The guide draws a latent of another shape than the target's.",
+                    expected=f"shape {latent.shape}",
+                    received=f"shape {received}",
+                    where=f"latent {name!r}",
+                )
+            )
+    if guide.distributions is not None:
+        _require_supports(target, guide, data)
+    return guide
+
+
+def joint_declared(target: Target, guide: Guide) -> dict[str, Any]:
+    """The declared parameters of target and guide together."""
+    return merge(
+        target.declared, guide.declared, what="parameters of target and guide", where="declared"
+    )
+
+
+def joint_data(target: Target, guide: Guide) -> Any:
+    """The target's data, with what the guide takes beside them."""
+    if guide.data is None:
+        return target.data
+    if target.data is None:
+        return guide.data
+    if not (isinstance(target.data, Mapping) and isinstance(guide.data, Mapping)):
+        raise TypeError(
+            explain(
+                "Target and guide bring data that cannot be joined.",
+                expected="mappings from argument names to arrays",
+                received=f"{type(target.data).__name__} and {type(guide.data).__name__}",
+                where="data",
+                hint="give the target its data as a mapping by the names of the guide's arguments",
+            )
+        )
+    return {**guide.data, **target.data}
+
+
+def without_gradient(target: Target, guide: Guide) -> tuple[str, ...]:
+    """The latents of a hand-written guide whose distributions are not reparameterised."""
+    names: list[str] = []
+    distributions = guide.distributions
+    if distributions is not None:
+
+        def look(params: Any, data: Any) -> None:
+            found = distributions(params, data)
+            names.extend(name for name, d in found.items() if not d.has_rsample)
+
+        params = abstract_params(joint_declared(target, guide))
+        jax.eval_shape(look, params, joint_data(target, guide))
+    return tuple(names)
+
+
+def _name_single(target: Target, guide: Guide) -> Guide:
+    if len(target.latents) != 1:
+        raise ValueError(
+            explain(
+                "The guide draws one unnamed latent.",
+                expected=f"distributions for {list(target.latents)}",
+                received="one distribution",
+                where="q of vi.guide",
+                hint="return a mapping from names to distributions",
+            )
+        )
+    (name,) = target.latents
+    distributions = guide.distributions
+
+    def wrap(draw: Draw) -> Draw:
+        return Draw({name: draw.latents}, draw.log_prob, draw.position)
+
+    def rescore(params: Any, draw: Draw, data: Any = None) -> jax.Array:
+        return guide.rescore(params, draw._replace(latents=draw.latents[name]), data)
+
+    return guide._replace(
+        sample=lambda params, key, data=None: wrap(guide.sample(params, key, data)),
+        transform=lambda params, noise, data=None: wrap(guide.transform(params, noise, data)),
+        log_prob=lambda params, latents, data=None: guide.log_prob(params, latents[name], data),
+        rescore=rescore,
+        distributions=distributions
+        and (lambda params, data=None: {name: distributions(params, data)[SINGLE]}),
+    )
+
+
+def _require_supports(target: Target, guide: Guide, data: Any) -> None:
+    """Raises where points that the guide can draw lie outside the target's support."""
+    questions = {
+        name: latent for name, latent in target.latents.items() if not _is_everything(latent)
+    }
+    distributions = guide.distributions
+    if not questions or distributions is None:
+        return
+    seen: dict[str, str] = {}
+
+    def inside(key: jax.Array) -> dict[str, jax.Array]:
+        params = init_params(joint_declared(target, guide), key)
+        found = distributions(params, data)
+        answers = {}
+        for name in (name for name in questions if name in found):
+            latent, support = questions[name], cast(Any, found[name].support)
+            seen[name] = constraint_name(support)
+            if support.is_discrete:
+                answers[name] = jnp.bool_(False)
+                continue
+            transform = bijector(support, name)
+            shape = (16, *transform.inverse_shape(latent.shape))
+            points = transform(2.0 * jax.random.normal(fold_in_name(key, name), shape))
+            answers[name] = jnp.all(latent.support(points))
+        return answers
+
+    with jax.ensure_compile_time_eval():
+        answers = jax.jit(inside)(jax.random.key(0))
+    for name, answer in answers.items():
+        if not is_traced(answer) and not answer:
+            raise ValueError(
+                explain(
+                    "The guide draws a latent outside the target's support.",
+                    expected=constraint_name(target.latents[name].support),
+                    received=seen[name],
+                    where=f"latent {name!r}",
+                    hint="use a distribution on that set, or transform one onto it "
+                    "(numpyro's TransformedDistribution with biject_to)",
+                )
+            )
+
+
+def _is_everything(latent: Latent) -> bool:
+    """Whether every real array of the latent's shape is in its support (or the model decides)."""
+    support = latent.support
+    while (base := getattr(support, "base_constraint", None)) is not None:
+        support = base
+    return latent.is_dynamic or isinstance(support, type(constraints.real))
