@@ -70,5 +70,8 @@ def test_a_frozen_parameter_has_no_optimiser_state():
     """The optimiser sees only what is trained: Adam keeps moments for those leaves alone."""
     everything = optax.adam(0.1).init(PARAMS)
     state = vi.freeze(optax.adam(0.1), DECLARED, "encoder").init(PARAMS)
-    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
+
+    def count(tree):
+        return sum(x.size for x in jax.tree.leaves(tree))
+
     assert count(everything) - count(state) == 2 * (4 + 2 + 2)

@@ -22,12 +22,6 @@ from vi_params._check import explain
 from vi_params._tree import path_name
 
 
-def _real() -> Any:
-    """The default constraint: by a factory, because dataclasses take unhashable defaults, which
-    numpyro's constraints are, for mutable."""
-    return dataclasses.field(default_factory=lambda: constraints.real)
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Param:
     """The declaration of a learnable parameter: where it starts and where it may go.
@@ -53,7 +47,8 @@ class Param:
 
     init: ArrayLike | Any | Callable[[jax.Array], Any]
     _: dataclasses.KW_ONLY
-    constraint: constraints.Constraint = _real()  # noqa: RUF009
+    # A factory: dataclasses take unhashable defaults, which numpyro's constraints are, for mutable.
+    constraint: constraints.Constraint = dataclasses.field(default_factory=lambda: constraints.real)
     plates: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -85,7 +80,7 @@ class Latent:
     """
 
     shape: tuple[int, ...] = ()
-    support: constraints.Constraint = _real()  # noqa: RUF009
+    support: constraints.Constraint = dataclasses.field(default_factory=lambda: constraints.real)
     dtype: Any = None
     unconstrained_shape: tuple[int, ...] | None = None
 
