@@ -73,6 +73,11 @@ def is_traced(*trees: Any) -> bool:
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))
 
 
+def abstract_key() -> Any:
+    """The shape and dtype of a key, for tracing without one."""
+    return jax.eval_shape(lambda: jax.random.key(0))
+
+
 def is_key(x: Any) -> bool:
     """Whether `x` is an array of typed random keys."""
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)

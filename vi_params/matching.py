@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from numpyro.distributions import constraints
 
 from vi_params._check import explain, require_names
-from vi_params._tree import fold_in_name, is_traced, merge
+from vi_params._tree import abstract_key, fold_in_name, is_traced, merge
 from vi_params.guide import SINGLE, Draw, Guide
 from vi_params.params import Latent, init_params
 from vi_params.params.declare import bijector, constraint_name
@@ -23,7 +23,7 @@ def matched(target: Target, guide: Guide) -> Guide:
     """
     params = abstract_params(joint_declared(target, guide))
     data = joint_data(target, guide)
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = abstract_key()
     draw = jax.eval_shape(guide.sample, params, key, data)
     if not isinstance(draw.latents, Mapping):
         guide = _name_single(target, guide)

@@ -10,7 +10,7 @@ import optax
 from jax import lax
 
 from vi_params._check import explain, require_count, require_key
-from vi_params._tree import all_finite, flatten_like, strong, where_tree
+from vi_params._tree import abstract_key, all_finite, flatten_like, strong, where_tree
 from vi_params.objectives.objective import Objective, resolve
 from vi_params.params import init_params
 from vi_params.params.maps import abstract_params
@@ -251,7 +251,7 @@ def noise_of_steps(svi: SVI, key: jax.Array, first: jax.Array, length: int) -> A
 
 def noise_size(svi: SVI) -> int:
     """How many numbers a step's noise holds."""
-    leaves = jax.tree.leaves(jax.eval_shape(svi.noise, jax.eval_shape(lambda: jax.random.key(0))))
+    leaves = jax.tree.leaves(jax.eval_shape(svi.noise, abstract_key()))
     return max(1, sum(math.prod(leaf.shape) for leaf in leaves))
 
 

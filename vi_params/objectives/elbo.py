@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from vi_params._check import explain, require_count
-from vi_params._tree import pick
+from vi_params._tree import abstract_key, pick
 from vi_params.estimators import Estimator, pathwise
 from vi_params.guide import Guide
 from vi_params.matching import joint_data, joint_declared, matched, without_gradient
@@ -66,7 +66,7 @@ def elbo(
     _require_estimable(target, guide, estimator)
     jax.eval_shape(
         lambda key: guide.noise(key, num_particles, scheme),
-        jax.eval_shape(lambda: jax.random.key(0)),
+        abstract_key(),
     )
     model = target.declared
 

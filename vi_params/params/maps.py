@@ -14,7 +14,15 @@ import numpy as np
 from numpyro.distributions import constraints
 
 from vi_params._check import explain, require_key
-from vi_params._tree import flatten_like, fold_in_name, is_traced, leaves_by_path, path_name, strong
+from vi_params._tree import (
+    abstract_key,
+    flatten_like,
+    fold_in_name,
+    is_traced,
+    leaves_by_path,
+    path_name,
+    strong,
+)
 from vi_params.params.declare import Declared, Latent, Param, bijector, constraint_name, normalise
 
 
@@ -85,11 +93,7 @@ def _is_function(init: Any) -> bool:
 
 def abstract_params(declared: Declared) -> dict[str, Any]:
     """The shapes and dtypes of the unconstrained parameters, without computing them."""
-    return jax.eval_shape(lambda key: init_params(declared, key), _abstract_key())
-
-
-def _abstract_key() -> Any:
-    return jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(lambda key: init_params(declared, key), abstract_key())
 
 
 def constrain(declared: Declared, params: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from numpyro.distributions import biject_to, constraints
 from numpyro.infer import init_to_uniform
 
 from vi_params._check import explain
+from vi_params._tree import abstract_key
 from vi_params.interop.numpyro.call import Call
 from vi_params.params import Latent, Param
 
@@ -105,7 +106,7 @@ def discover(
         first.update(_param_facts(sites))
         return {name: sites[name]["value"] for name in first}
 
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = abstract_key()
     params = _constants(params_of, key, call.data)
     declared = {}
     for name, facts in first.items():
