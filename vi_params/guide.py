@@ -76,7 +76,7 @@ def sampler(noise: Callable[..., Any], transform: Callable[..., Draw]) -> Callab
 
 def key_noise(key: jax.Array, num_particles: int, scheme: Noise | None = None) -> jax.Array:
     """The noise of a program: one key a particle."""
-    if scheme is not None and scheme.name != "iid":
+    if scheme is not None and not scheme.is_iid:
         raise ValueError(
             explain(
                 "The noise of a hand-written guide is its random keys.",

@@ -17,6 +17,10 @@ from scipy.stats import qmc
 
 from vi_params._check import explain
 
+ROW = 8
+"""XLA's CPU backend vectorises the counter-based generator over rows whose length is a multiple of
+this one only; rows cut short in the same program are not such rows."""
+
 
 class Noise(NamedTuple):
     """A scheme of standard normal draws.
@@ -28,6 +32,11 @@ class Noise(NamedTuple):
 
     name: str
     draw: Callable[[jax.Array, int, int], jax.Array]
+
+    @property
+    def is_iid(self) -> bool:
+        """Whether the draws are independent of each other."""
+        return self.name == "iid"
 
 
 def iid() -> Noise:
@@ -136,15 +145,15 @@ def sobol() -> Noise:
     return Noise("sobol", draw)
 
 
-def _normal(key: jax.Array, num: int, dim: int) -> jax.Array:
-    """Standard normal draws of shape (num, dim).
+def whole_rows(size: int) -> int:
+    """The length of the shortest whole rows that hold `size` numbers."""
+    return -(-size // ROW) * ROW
 
-    XLA's CPU backend vectorises the counter-based generator only over rows whose length is a
-    multiple of its lanes: under vmap over keys, ten draws a key cost four times as much as the
-    first ten of sixteen.
-    """
+
+def _normal(key: jax.Array, num: int, dim: int) -> jax.Array:
+    """Standard normal draws of shape (num, dim): the first of whole rows, whatever the shape."""
     size = num * dim
-    return jax.random.normal(key, (-(-size // 8) * 8,))[:size].reshape(num, dim)
+    return jax.random.normal(key, (whole_rows(size),))[:size].reshape(num, dim)
 
 
 def _haar(normal: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """The compiled programs of a fit: all restarts side by side, each frozen when it has stopped."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -70,25 +71,35 @@ def programs(
     ahead = every * noise_size(inference) * restarts <= BLOCK
     lanewise = jax.vmap if restarts > 1 else _one_lane
 
-    def steps(state: State, key: jax.Array, count: jax.Array, data: Any) -> Any:
-        """`count` <= `every` steps: the state, its losses, and how many steps were skipped."""
-        first = state.step
-        drawn = noise_of_steps(inference, key, first, every) if ahead else None
+    def noise_ahead(first: jax.Array, keys: jax.Array, length: int) -> Any:
+        """The noise of `length` steps of every lane; leading axes (length, restarts)."""
+        draw = partial(noise_of_steps, inference, length=length)
+        return jax.vmap(draw, out_axes=1)(keys, first)
+
+    def steps(states: State, keys: jax.Array, count: jax.Array, data: Any) -> Any:
+        """`count` <= `every` steps of every lane: their states, losses, numbers of skipped steps.
+
+        The loop over steps is the outer one, so that a step reads its noise in one piece.
+        """
+        first = states.step
+        drawn = noise_ahead(first, keys, every) if ahead else None
 
         def one(i: jax.Array, carry: Any) -> Any:
-            state, losses, skipped = carry
-            if drawn is None:
-                noise = inference.noise(jax.random.fold_in(key, first + i))
-            else:
-                noise = jax.tree.map(lambda leaf: leaf[i], drawn)
-            state, info = inference.update(state, noise, data)
-            return state, losses.at[i].set(info.loss), skipped + info.skipped
+            states, losses, skipped = carry
+            now, at = (noise_ahead(first + i, keys, 1), 0) if drawn is None else (drawn, i)
+            noise = jax.tree.map(lambda leaf: leaf[at], now)
+            states, info = lanewise(lambda s, e: inference.update(s, e, data))(states, noise)
+            return states, losses.at[i].set(info.loss), skipped + info.skipped
 
-        blank = jnp.full(every, jnp.nan)
-        return lax.fori_loop(0, count, one, (state, blank, jnp.int32(0)))
+        blank = jnp.full((every, restarts), jnp.nan)
+        carry = states, blank, jnp.zeros(restarts, jnp.int32)
+        states, losses, skipped = lax.fori_loop(0, count, one, carry)
+        return states, losses.T, skipped
 
-    def block(lane: Lanes, key: jax.Array, count: jax.Array, data: Any) -> Any:
-        state, losses, skipped = steps(lane.state, key, count, data)
+    def settle(
+        lane: Lanes, state: State, losses: jax.Array, skipped: jax.Array, count: jax.Array
+    ) -> tuple[Lanes, jax.Array]:
+        """A lane after a block of steps: as it was if it had stopped before."""
         memory, level = stop.update(stop.options, lane.memory, losses)
         whole = count == every
         outcome = jnp.where(
@@ -109,7 +120,8 @@ def programs(
         def body(carry: Any) -> Any:
             done, lanes, record = carry
             n = jnp.minimum(every, count - done)
-            lanes, losses = lanewise(lambda lane, key: block(lane, key, n, data))(lanes, keys)
+            after = steps(lanes.state, keys, n, data)
+            lanes, losses = lanewise(partial(settle, count=n))(lanes, *after)
             return done + n, lanes, lax.dynamic_update_slice(record, losses, (done * 0, done))
 
         record = jnp.full((restarts, capacity), jnp.nan)

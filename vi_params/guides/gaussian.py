@@ -19,7 +19,7 @@ from vi_params._check import explain
 from vi_params._tree import pick
 from vi_params.guide import Draw, Guide, pick_own, sampler
 from vi_params.guides.starts import start_vector
-from vi_params.noise import Noise, iid
+from vi_params.noise import Noise, iid, whole_rows
 from vi_params.params import Param, constrain
 from vi_params.params.declare import Declared
 from vi_params.target import Target, flat
@@ -134,13 +134,16 @@ def _gaussian(target: Target, declared: Declared, name: str, scale: _Scale) -> G
         return constrain(declared, pick_own(params, declared))[name]
 
     def noise(key: jax.Array, num_particles: int, scheme: Noise | None = None) -> jax.Array:
-        return (scheme or iid()).draw(key, num_particles, dim)
+        scheme = scheme or iid()
+        # A single draw keeps its whole row, of which `transform` takes the first `dim`.
+        width = whole_rows(dim) if scheme.is_iid and num_particles == 1 else dim
+        return scheme.draw(key, num_particles, width)
 
     def jacobian(params: Any, u: jax.Array, data: Any) -> Any:
         return flat_target.constrain_with_log_det(u, model_values(target, params), data)
 
     def transform(params: Any, e: jax.Array, data: Any = None) -> Draw:
-        own = own_values(params)
+        own, e = own_values(params), e[:dim]
         u = own["loc"] + scale.times(own, e)
         latents, log_abs_det = jacobian(params, u, data)
         log_q = -0.5 * jnp.sum(e**2) - log_normaliser - scale.log_det(own)
