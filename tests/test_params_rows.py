@@ -86,7 +86,7 @@ def test_rows_can_be_jitted_and_differentiated():
     "constraint",
     [
         constraints.interval(np.zeros(3), np.arange(1.0, 4.0)),
-        constraints.cat([constraints.real] * 3),
+        *([constraints.cat([constraints.real] * 3)] if hasattr(constraints, "cat") else []),
     ],
 )
 def test_bounds_that_differ_between_rows_are_refused(constraint):
