@@ -72,7 +72,8 @@ class SVI(NamedTuple):
         step: `(state, key, data=default) -> (State, Info)`; `update` at `noise(key)`.
         start: `(key, params=None, data=default) -> Start`: `init` that says whether it is valid.
         noise: `key -> noise`, the randomness of a step.
-        update: `(state, noise, data) -> (State, Info)`.
+        update: `(state, noise, data) -> (State, Info)`: `accept` of what `propose` gives.
+        propose: `(state, noise, data) -> (State, Info)`: the step, also where it is to be skipped.
         data: the default data.
     """
 
@@ -81,6 +82,7 @@ class SVI(NamedTuple):
     start: Callable[..., Start]
     noise: Callable[[jax.Array], Any]
     update: Callable[[State, Any, Any], tuple[State, Info]]
+    propose: Callable[[State, Any, Any], tuple[State, Info]]
     data: Any
 
 
@@ -124,7 +126,7 @@ def svi(objective: Objective, optimizer: optax.GradientTransformation) -> SVI:
         (loss, _), grads = jax.value_and_grad(objective.evaluate, has_aux=True)(params, noise, data)
         return loss, grads
 
-    def update(state: State, noise: Any, data: Any) -> tuple[State, Info]:
+    def propose(state: State, noise: Any, data: Any) -> tuple[State, Info]:
         loss, grads = value_and_grad(state.params, noise, data)
         updates, opt_state = rule.update(
             grads,
@@ -136,9 +138,12 @@ def svi(objective: Objective, optimizer: optax.GradientTransformation) -> SVI:
         )
         params = optax.apply_updates(state.params, updates)
         finite = all_finite(loss, grads, params)
-        params, opt_state = where_tree(finite, (params, opt_state), (state.params, state.opt_state))
         norm = jnp.sqrt(sum(jnp.sum(jnp.abs(g) ** 2) for g in jax.tree.leaves(grads)))
         return State(params, opt_state, state.step + 1), Info(loss, norm, ~finite)
+
+    def update(state: State, noise: Any, data: Any) -> tuple[State, Info]:
+        new, info = propose(state, noise, data)
+        return accept(state, new, info), info
 
     def step(state: State, key: jax.Array, data: Any = None) -> tuple[State, Info]:
         require_key(key, "svi.step")
@@ -183,7 +188,13 @@ def svi(objective: Objective, optimizer: optax.GradientTransformation) -> SVI:
     def init(key: jax.Array, params: Any = None, data: Any = None) -> State:
         return start(key, params, data).state
 
-    return SVI(init, step, start, objective.noise, update, objective.data)
+    return SVI(init, step, start, objective.noise, update, propose, objective.data)
+
+
+def accept(state: State, new: State, info: Info) -> State:
+    """The state after a proposed step: `new`, or where it is to be skipped `state`, a step on."""
+    stay = state._replace(step=new.step)
+    return where_tree(info.skipped, stay, new)
 
 
 def run(
