@@ -1,6 +1,5 @@
 """The host loop: exact posteriors, calls cut anywhere, compiled once, interrupted, refused."""
 
-import contextlib
 import importlib
 import signal
 import threading
@@ -42,22 +41,6 @@ def short(**options):
     """Three hundred steps of Adam: what most tests share, compiled once."""
     options = {"key": KEY, "num_steps": 300, "stop": NEVER, "progress": False} | options
     return vi.fit(objective(), ADAM, **options)
-
-
-COMPILED = []
-jax.monitoring.register_event_duration_secs_listener(
-    lambda event, duration, **_: (
-        COMPILED.append(event) if event == "/jax/core/compile/backend_compile_duration" else None
-    )
-)
-
-
-@contextlib.contextmanager
-def compilations():
-    """Lists the programs that are compiled inside."""
-    before, seen = len(COMPILED), []
-    yield seen
-    seen.extend(COMPILED[before:])
 
 
 def test_mean_field_of_a_gaussian_by_default():
@@ -117,7 +100,7 @@ def test_exactly_num_steps_are_made(num_steps):
     np.testing.assert_array_equal(fit.losses, short(num_steps=300).losses[:num_steps])
 
 
-def test_a_second_fit_compiles_nothing():
+def test_a_second_fit_compiles_nothing(compilations):
     """Same objective, equal optimiser, another key or other data of the same shapes: nothing is
     compiled a second time; another rate is another program."""
     options = {"num_steps": 200, "progress": False, "restarts": 2}

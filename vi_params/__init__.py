@@ -9,7 +9,7 @@ guides are pure functions of `(params, key)`; a fit is one compiled program.
     vi.diagnose(target, guide, fit.params, jax.random.key(1))
 """
 
-from vi_params import diagnostics, estimators, guides, noise, objectives, stopping
+from vi_params import diagnostics, estimators, guides, noise, objectives, solvers, stopping
 from vi_params._table import Table
 from vi_params._version import __version__
 from vi_params.diagnostics import Check, Diagnosis, check, diagnose, draws, summary
@@ -32,6 +32,7 @@ from vi_params.params import (
     take_rows,
     unconstrain,
 )
+from vi_params.solvers import Solution, SolverInfo, SolverStatus, linear_response
 from vi_params.svi import SVI, Info, Start, State, run, svi
 from vi_params.target import FlatTarget, Target, flat, target
 
@@ -48,6 +49,9 @@ __all__ = [
     "Objective",
     "Param",
     "Progress",
+    "Solution",
+    "SolverInfo",
+    "SolverStatus",
     "Start",
     "State",
     "Status",
@@ -71,6 +75,7 @@ __all__ = [
     "guides",
     "init_params",
     "labels",
+    "linear_response",
     "load_params",
     "noise",
     "numpyro_guide",
@@ -78,6 +83,7 @@ __all__ = [
     "put_rows",
     "run",
     "save_params",
+    "solvers",
     "stopping",
     "summary",
     "svi",

@@ -1,0 +1,7 @@
+"""Solvers: approximations found otherwise than by stochastic gradient steps."""
+
+from vi_params.solvers.deterministic import deterministic
+from vi_params.solvers.linear_response import linear_response
+from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus
+
+__all__ = ["Solution", "SolverInfo", "SolverStatus", "deterministic", "linear_response"]

@@ -1,0 +1,81 @@
+"""What every solver returns."""
+
+import enum
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from vi_params.guide import Guide
+
+
+class SolverStatus(enum.IntEnum):
+    """How a solver ended."""
+
+    CONVERGED = 0
+    MAX_STEPS = 1
+    STALLED = 2
+    INVALID_START = 3
+    INDEFINITE = 4
+
+
+MESSAGES = {
+    SolverStatus.CONVERGED: "converged",
+    SolverStatus.MAX_STEPS: "not converged: max_steps was reached; give it more",
+    SolverStatus.STALLED: "not converged: no step of any length lowers the loss; the log density "
+    "is not smooth there, or float32 is too coarse (jax_enable_x64)",
+    SolverStatus.INVALID_START: "no start has a finite loss and gradient: vi.check(target, key) "
+    "says why, init= gives a start",
+    SolverStatus.INDEFINITE: "the Hessian at the solution is not positive definite: the scales are "
+    "those of mean-field, without linear response",
+}
+
+
+class SolverInfo(NamedTuple):
+    """How a solver got on.
+
+    Attributes:
+        status: a `SolverStatus`.
+        elbo: the ELBO of the mean-field optimum at the fixed draws, in nats.
+        steps: how many steps the best lane took.
+        lane_elbos: the ELBO each lane ended at, shape (lanes,); NaN where its start was invalid.
+        lane_statuses: the `SolverStatus` of each lane, shape (lanes,).
+        sampling_error: the largest standard error of a location due to the draws being so few, in
+            posterior standard deviations; NaN where it was not estimated.
+    """
+
+    status: jax.Array
+    elbo: jax.Array
+    steps: jax.Array
+    lane_elbos: jax.Array
+    lane_statuses: jax.Array
+    sampling_error: jax.Array
+
+    @property
+    def message(self) -> str:
+        """The status in words."""
+        if np.ndim(self.status):
+            counts = [(s, int(np.sum(np.asarray(self.status) == s))) for s in SolverStatus]
+            return "; ".join(f"{n} x {MESSAGES[s]}" for s, n in counts if n)
+        return MESSAGES[SolverStatus(int(self.status))]
+
+
+class Solution(NamedTuple):
+    """An approximation: a guide and its parameters, as every later call takes them.
+
+    Attributes:
+        guide: the family.
+        params: the joint parameters of target and guide, unconstrained.
+        info: a `SolverInfo`.
+        noise: the fixed draws behind it, shape (num_draws, dim).
+    """
+
+    guide: Guide
+    params: Any
+    info: SolverInfo
+    noise: jax.Array
+
+    def __str__(self) -> str:
+        error = self.info.sampling_error
+        told = "" if np.any(np.isnan(error)) else f", sampling error {np.max(error):.3f} sd"
+        return f"{self.info.message} after {np.max(self.info.steps)} steps{told}"

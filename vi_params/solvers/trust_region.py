@@ -1,0 +1,170 @@
+"""Trust-region Newton-CG: a minimiser that needs Hessian-vector products only.
+
+The trust region is a ball in the coordinates p of x + D p, with the diagonal D given by the current
+x, so that a change of units of x changes nothing. Steihaug (1983), The conjugate gradient method
+and trust regions in large scale optimization; Nocedal and Wright (2006), algorithms 4.1 and 7.2.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from vi_params._tree import all_finite
+from vi_params.solvers.solution import SolverStatus
+
+RADIUS = 1.0
+"""The first radius of the trust region."""
+
+LARGEST = 100.0
+"""The largest radius."""
+
+CG_STEPS = 200
+"""How many Hessian-vector products one step takes at most."""
+
+
+class Minimum(NamedTuple):
+    """Where a minimisation ended.
+
+    Attributes:
+        x: the point.
+        value: f there; infinite where the start was not finite.
+        steps: how many steps were tried.
+        status: a `SolverStatus`.
+    """
+
+    x: jax.Array
+    value: jax.Array
+    steps: jax.Array
+    status: jax.Array
+
+
+class _State(NamedTuple):
+    x: jax.Array
+    value: jax.Array
+    grad: jax.Array
+    radius: jax.Array
+    steps: jax.Array
+    done: jax.Array
+
+
+def minimise(
+    f: Callable[[jax.Array], jax.Array],
+    x: jax.Array,
+    scale: Callable[[jax.Array], jax.Array],
+    *,
+    tolerance: float,
+    max_steps: int,
+) -> Minimum:
+    """A local minimum of f.
+
+    Args:
+        f: `(n,) -> scalar`, twice differentiable.
+        x: the start, shape (n,).
+        scale: x -> the diagonal of D, shape (n,).
+        tolerance: stop after a full Newton step that promised to lower f by less than this.
+        max_steps: how many steps are tried at most.
+    """
+    slope = jax.value_and_grad(f)
+    smallest = jnp.finfo(x.dtype).eps
+
+    def body(state: _State) -> _State:
+        began = jnp.isfinite(state.value)  # the first turn evaluates the start, at a step of zero
+        diagonal = scale(state.x)
+        model = _steihaug(
+            diagonal * state.grad,
+            lambda p: diagonal * jax.jvp(jax.grad(f), (state.x,), (diagonal * p,))[1],
+            state.radius,
+        )
+        x = state.x + diagonal * model.step
+        value, grad = slope(x)
+        # Differences of f below its rounding say nothing: they count as promised.
+        rounding = 10 * smallest * jnp.abs(value)
+        ratio = (state.value - value + rounding) / (model.decrease + rounding)
+        accepted = all_finite(value, grad) & ((ratio > 1e-4) | ~began)
+        length = jnp.linalg.norm(model.step)
+        grown = jnp.where(
+            (ratio > 0.75) & model.at_boundary,
+            jnp.minimum(2 * state.radius, LARGEST),
+            state.radius,
+        )
+        shrunk = 0.25 * jnp.minimum(length, state.radius)
+        radius = jnp.where(began, jnp.where(accepted & (ratio > 0.25), grown, shrunk), RADIUS)
+        done = began & accepted & ~model.at_boundary & (model.decrease < tolerance)
+        return _State(
+            jnp.where(accepted, x, state.x),
+            jnp.where(accepted, value, state.value),
+            jnp.where(accepted, grad, state.grad),
+            radius,
+            state.steps + 1,
+            done | ~(began | accepted),
+        )
+
+    def go_on(state: _State) -> jax.Array:
+        return ~state.done & (state.steps < max_steps) & (state.radius > smallest)
+
+    start = _State(
+        x,
+        jnp.full((), jnp.inf, x.dtype),
+        jnp.zeros_like(x),
+        jnp.full((), RADIUS, x.dtype),
+        jnp.int32(0),
+        jnp.bool_(False),
+    )
+    end = lax.while_loop(go_on, body, start)
+    status = jnp.select(
+        [~jnp.isfinite(end.value), end.done, end.radius <= smallest],
+        [SolverStatus.INVALID_START, SolverStatus.CONVERGED, SolverStatus.STALLED],
+        SolverStatus.MAX_STEPS,
+    )
+    return Minimum(end.x, end.value, end.steps, status)
+
+
+class _Model(NamedTuple):
+    """The step within the trust region, and by how much the quadratic model falls along it."""
+
+    step: jax.Array
+    decrease: jax.Array
+    at_boundary: jax.Array
+
+
+def _steihaug(
+    gradient: jax.Array, product: Callable[[jax.Array], jax.Array], radius: jax.Array
+) -> _Model:
+    """Conjugate gradients on g.p + p.Hp / 2, up to the boundary or a direction of descent without
+    end."""
+    size = jnp.linalg.norm(gradient)
+    enough = jnp.minimum(0.1, jnp.sqrt(size)) * size
+
+    def body(carry: Any) -> Any:
+        p, hp, r, d, i, _, _ = carry
+        hd = product(d)
+        curvature = d @ hd
+        rr = r @ r
+        alpha = rr / curvature
+        inside = (curvature > 0) & (jnp.linalg.norm(p + alpha * d) < radius)
+        length = jnp.where(inside, alpha, _to_boundary(p, d, radius))
+        broken = ~all_finite(hd)
+        length = jnp.where(broken, 0.0, length)
+        hd = jnp.where(broken, 0.0, hd)
+        p, hp, r = p + length * d, hp + length * hd, r + length * hd
+        d = -r + (r @ r) / rr * d
+        finished = ~inside | broken | (jnp.linalg.norm(r) <= enough)
+        return p, hp, r, d, i + 1, finished, ~inside
+
+    zero = jnp.zeros_like(gradient)
+    no = jnp.bool_(False)
+    p, hp, *_, at_boundary = lax.while_loop(
+        lambda carry: ~carry[5] & (carry[4] < min(CG_STEPS, gradient.size)),
+        body,
+        (zero, zero, gradient, -gradient, jnp.int32(0), size == 0, no),
+    )
+    return _Model(p, -(gradient @ p + 0.5 * p @ hp), at_boundary)
+
+
+def _to_boundary(p: jax.Array, d: jax.Array, radius: jax.Array) -> jax.Array:
+    """The positive t with |p + t d| = radius."""
+    a, b, c = d @ d, p @ d, p @ p - radius**2
+    return (-b + jnp.sqrt(jnp.maximum(b**2 - a * c, 0.0))) / a
