@@ -54,7 +54,7 @@ def test_mean_field_of_a_gaussian_is_exact():
         divergence += 0.5 * np.sum(np.log(np.diagonal(precision)))
         np.testing.assert_allclose(solution.info.elbo, -divergence, atol=1e-6)
     assert solution.info.status == Status.CONVERGED
-    assert solution.noise.shape == (16, 3)
+    assert solution.noise.shape == (32, 3)
 
 
 @pytest.mark.parametrize("scheme", [None, vi.noise.moment_matched()])

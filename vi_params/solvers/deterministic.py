@@ -31,7 +31,7 @@ from vi_params.solvers.trust_region import minimise
 from vi_params.svi import svi
 from vi_params.target import Target, flat
 
-FEWEST = 16
+FEWEST = 32
 """The smallest number of draws chosen by default."""
 
 FULL_FRAME = 256
@@ -78,11 +78,11 @@ def deterministic(
         target: what to approximate; its own parameters, if any, are optimised along.
         key: a typed random key: of the draws and of the starts.
         data: the data; the target's own where None.
-        num_draws: how many draws, an even number; by default twice the dimension and at least 16
-            (16 above dimension 256).
+        num_draws: how many draws, an even number; by default twice the dimension and at least 32
+            (32 above dimension 256).
         noise: their scheme; `vi.noise.orthogonal()`, or `moment_matched()` above dimension 256.
-        lanes: from how many starts, the first the family's own, the others drawn in towards zero,
-            at the prior's centre in unconstrained coordinates.
+        lanes: from how many starts, the first the family's own, the next ones drawn in towards
+            zero, in unconstrained coordinates.
         init: where the first lane starts, as in `vi.guides.mean_field`.
         tolerance: stop after a Newton step promising less than this, in nats; by default 1e-6 in
             float64 and 1e-5 in float32.
