@@ -281,3 +281,15 @@ def test_any_key_implementation(impl):
             return guide.sample(params, key, target().data).log_prob
 
         assert np.isfinite(density(key))
+
+
+def test_without_latents_a_fit_is_maximum_likelihood():
+    """Only parameters in the model: the guide has nothing to learn, the mean is the data's."""
+
+    def log_density(values, latents, data):
+        return -0.5 * jnp.sum((data - values["m"]) ** 2)
+
+    target = vi.target(log_density, {}, declared={"m": 0.0}, data=jnp.array([1.0, 2.0]))
+    objective = vi.elbo(target, vi.guides.mean_field(target))
+    fit = vi.fit(objective, key=jax.random.key(0), num_steps=1000, progress=False)
+    np.testing.assert_allclose(fit.params["m"], 1.5, atol=1e-2)

@@ -234,3 +234,28 @@ def test_one_declaration_may_serve_both():
     params = vi.init_params(objective.declared, KEY)
     assert params.keys() == {"loc"}
     assert objective.loss(params, KEY)[0] == pytest.approx(0.0, abs=1e-6)
+
+
+def normal_target():
+    return vi.target(lambda v, z, d: -0.5 * z["z"] ** 2, {"z": vi.Latent(())})
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        (lambda t, g: vi.elbo(g, t), "Expected: Target"),
+        (lambda t, g: vi.elbo(t, t), "Expected: Guide"),
+        (lambda t, g: vi.elbo(t, g, estimator="pathwise"), "Expected: Estimator"),
+        (lambda t, g: vi.elbo(t, g, estimator=vi.estimators.pathwise), r"pathwise\(...\)"),
+        (lambda t, g: vi.elbo(t, g, noise=vi.noise.sobol), r"sobol\(...\)"),
+        (lambda t, g: vi.guides.mean_field(lambda y: None), "Expected: Target"),
+        (lambda t, g: vi.fit(t, key=jax.random.key(0)), "Expected: Objective"),
+        (lambda t, g: vi.svi(vi.elbo(t, g), numpyro.optim.Adam(0.1)), "optax"),
+    ],
+)
+def test_arguments_of_the_wrong_kind(build, expected):
+    """What is expected, what came, and where, for each argument that a beginner may mix up."""
+    target = normal_target()
+    with pytest.raises(TypeError, match=expected) as error:
+        build(target, vi.guides.mean_field(target))
+    assert "Received: " in str(error.value)

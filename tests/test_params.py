@@ -213,3 +213,14 @@ def test_starts_are_checked_under_vmap_too():
     keys = jax.random.split(jax.random.key(0), 2)
     starts = jax.vmap(lambda key: vi.init_params(declared, key))(keys)
     np.testing.assert_allclose(starts["p"], np.zeros((2, 3)), atol=1e-6)
+
+
+@pytest.mark.parametrize("lower", [jnp.zeros(2), jnp.float32(0.0)])
+def test_bounds_that_are_jax_arrays_are_checked_in_a_trace(lower):
+    """Bounds made by jax do not become unknown where the start is checked under jit."""
+    constraint = constraints.interval(lower, 1.0)
+    declared = {"u": vi.Param(jnp.full(2, 0.5), constraint=constraint)}
+    np.testing.assert_allclose(jax.jit(lambda key: vi.init_params(declared, key))(KEY)["u"], 0.0)
+    outside = {"u": vi.Param(jnp.full(2, 1.5), constraint=constraint)}
+    with pytest.raises(ValueError, match="outside its constraint"):
+        jax.jit(lambda key: vi.init_params(outside, key))(KEY)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import vi_params as vi
 
@@ -75,3 +76,9 @@ def test_a_frozen_parameter_has_no_optimiser_state():
         return sum(x.size for x in jax.tree.leaves(tree))
 
     assert count(everything) - count(state) == 2 * (4 + 2 + 2)
+
+
+def test_a_pattern_that_is_no_regular_expression():
+    declared = {"loc": vi.Param(jnp.zeros(2))}
+    with pytest.raises(ValueError, match=r"no regular expression[\s\S]*\[x"):
+        vi.labels(declared, {"[x": "a"}, default="b")

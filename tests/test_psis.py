@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import vi_params as vi
 from vi_params.diagnostics import psis
 
 SMOOTH = jax.jit(psis)
@@ -103,3 +104,21 @@ def test_one_draw_with_all_the_weight_is_not_trusted():
     """A single draw far above the others: an effective sample of one and no small k-hat."""
     smoothed = SMOOTH(jnp.zeros(100).at[3].set(200.0))
     assert not float(smoothed.k_hat) < 0.7
+
+
+def test_weights_beyond_the_range_of_the_dtype_have_no_shape():
+    """Where all weights but a few underflow, k-hat is infinite and nothing is to be trusted."""
+    for seed in range(3):
+        noise = jax.random.normal(jax.random.key(seed), (4000,))
+        for spread in (100.0, 1000.0):
+            assert np.isposinf(vi.diagnostics.psis(spread * noise).k_hat)
+
+
+def test_a_guide_far_from_its_target_is_not_trusted():
+    """N(0, 1) for N(300, 1): one draw has all the weight."""
+    target = vi.target(lambda v, z, d: -0.5 * (z["z"] - 300.0) ** 2, {"z": vi.Latent(())})
+    guide = vi.guides.mean_field(target, init={"z": 0.0}, init_scale=1.0)
+    params = vi.init_params(guide.declared, jax.random.key(0))
+    found = vi.diagnose(target, guide, params, jax.random.key(1))
+    assert not found.trustworthy
+    assert "Do not trust this" in found.verdict

@@ -280,3 +280,15 @@ def test_lbfgs_on_paired_noise_needs_few_steps():
     values = vi.constrain(objective.declared, state.params)["guide"]
     np.testing.assert_allclose(values["loc"], MEAN, atol=1e-3)
     np.testing.assert_allclose(values["scale"], jnp.ones(2), rtol=1e-3)
+
+
+def test_gradients_whose_squares_overflow_are_skipped():
+    """At a gradient of 1e25 Adam's second moment would be infinite for good: the step is skipped,
+    and such a start is no start."""
+    target = vi.target(lambda v, z, d: -d * z["z"] ** 2, {"z": vi.Latent(())}, data=1e25)
+    svi = vi.svi(vi.elbo(target, vi.guides.mean_field(target)), optax.adam(1e-2))
+    start = svi.start(jax.random.key(0))
+    assert not start.valid
+    state, info = jax.jit(svi.step)(start.state, jax.random.key(1))
+    assert info.skipped
+    np.testing.assert_array_equal(state.params["guide"]["loc"], start.state.params["guide"]["loc"])

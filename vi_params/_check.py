@@ -109,6 +109,21 @@ def require_key(key: Any, where: str) -> None:
         )
 
 
+def require_instance(value: Any, kind: type, example: str, where: str) -> None:
+    """Raises TypeError unless `value` is a `kind`, such as `example` makes."""
+    if not isinstance(value, kind):
+        received = f"{type(value).__name__}: {value!r}"
+        raise TypeError(
+            explain(
+                f"{where} is of the wrong kind.",
+                expected=f"{kind.__name__}, such as {example} gives",
+                received=received if len(received) <= 200 else received[:200] + "...",
+                where=where,
+                hint=f"call it: {value.__name__}(...)" if callable(value) else None,
+            )
+        )
+
+
 def require_count(value: Any, name: str, where: str, least: int = 1) -> None:
     """Raises unless `value` is an int of at least `least`."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):

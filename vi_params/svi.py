@@ -89,8 +89,9 @@ class SVI(NamedTuple):
 def svi(objective: Objective, optimizer: optax.GradientTransformation) -> SVI:
     """Gradient steps of an optax transformation on an objective.
 
-    A step whose loss, gradient or update is not finite is not taken: parameters and optimiser state
-    stay as they were, and `info.skipped` says so.
+    A step whose loss, gradient norm or update is not finite is not taken: parameters and optimiser
+    state stay as they were, and `info.skipped` says so. (A norm that overflows counts too: squares
+    of such a gradient would stay in the memory of an optimiser like Adam for good.)
 
     Args:
         objective: what to minimise.
@@ -111,7 +112,8 @@ def svi(objective: Objective, optimizer: optax.GradientTransformation) -> SVI:
         >>> int(state.step), bool(info.skipped)
         (1, False)
     """
-    if not hasattr(optimizer, "init") or not hasattr(optimizer, "update"):
+    ours = hasattr(optimizer, "init") and hasattr(optimizer, "update")
+    if not ours or hasattr(optimizer, "eval_and_update"):  # numpyro's optimisers have that
         raise TypeError(
             explain(
                 "An optimiser was expected.",
@@ -122,12 +124,14 @@ def svi(objective: Objective, optimizer: optax.GradientTransformation) -> SVI:
         )
     rule = optax.with_extra_args_support(optimizer)
 
-    def value_and_grad(params: Any, noise: Any, data: Any) -> tuple[jax.Array, Any]:
+    def evaluate(params: Any, noise: Any, data: Any) -> tuple[jax.Array, Any, jax.Array]:
+        """The loss, its gradient and the gradient's norm, finite only if all its entries are."""
         (loss, _), grads = jax.value_and_grad(objective.evaluate, has_aux=True)(params, noise, data)
-        return loss, grads
+        norm = jnp.sqrt(sum(jnp.sum(jnp.abs(g) ** 2) for g in jax.tree.leaves(grads)))
+        return loss, grads, norm
 
     def propose(state: State, noise: Any, data: Any) -> tuple[State, Info]:
-        loss, grads = value_and_grad(state.params, noise, data)
+        loss, grads, norm = evaluate(state.params, noise, data)
         updates, opt_state = rule.update(
             grads,
             state.opt_state,
@@ -137,8 +141,7 @@ def svi(objective: Objective, optimizer: optax.GradientTransformation) -> SVI:
             value_fn=lambda params: objective.evaluate(params, noise, data)[0],
         )
         params = optax.apply_updates(state.params, updates)
-        finite = all_finite(loss, grads, params)
-        norm = jnp.sqrt(sum(jnp.sum(jnp.abs(g) ** 2) for g in jax.tree.leaves(grads)))
+        finite = all_finite(loss, norm, params)
         return State(params, opt_state, state.step + 1), Info(loss, norm, ~finite)
 
     def update(state: State, noise: Any, data: Any) -> tuple[State, Info]:
@@ -159,8 +162,8 @@ def svi(objective: Objective, optimizer: optax.GradientTransformation) -> SVI:
             tries, _, _ = carry
             params = init_params(objective.declared, jax.random.fold_in(key, 2 * tries))
             noise = objective.noise(jax.random.fold_in(key, 2 * tries + 1))
-            loss, grads = value_and_grad(params, noise, data)
-            return tries + 1, params, all_finite(loss, grads)
+            loss, _, norm = evaluate(params, noise, data)
+            return tries + 1, params, all_finite(loss, norm)
 
         blank = jax.tree.map(
             lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract_params(objective.declared)
@@ -174,8 +177,8 @@ def svi(objective: Objective, optimizer: optax.GradientTransformation) -> SVI:
 
     @jax.jit
     def resume(key: jax.Array, params: Any, data: Any) -> Start:
-        loss, grads = value_and_grad(params, objective.noise(key), data)
-        return Start(begin(params), all_finite(loss, grads), jnp.int32(1))
+        loss, _, norm = evaluate(params, objective.noise(key), data)
+        return Start(begin(params), all_finite(loss, norm), jnp.int32(1))
 
     def start(key: jax.Array, params: Any = None, data: Any = None) -> Start:
         require_key(key, "svi.init")

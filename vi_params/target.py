@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 from numpyro import distributions as dist
 
-from vi_params._check import explain, require_names
+from vi_params._check import explain, require_instance, require_names
 from vi_params._tree import fold_in_name, pick, strong
 from vi_params.params import Latent, constrain_with_log_det, unconstrain
 from vi_params.params.declare import Declared, normalise
@@ -184,6 +184,7 @@ def flat(target: Target) -> FlatTarget:
         >>> flat.dim, flat.constrain(jnp.zeros(3))
         (3, {'rate': Array(1., dtype=float32), 'z': Array([0., 0.], dtype=float32)})
     """
+    require_instance(target, Target, "vi.target or vi.from_numpyro", "target")
     shapes = {name: latent.unconstrained_shape or () for name, latent in target.latents.items()}
     sizes = [int(np.prod(shape, dtype=int)) for shape in shapes.values()]
     dim = sum(sizes)

@@ -39,7 +39,8 @@ def psis(log_ratios: jax.Array) -> Smoothed:
         log_ratios: log p - log q of S draws from q, shape `(S,)`, S >= 25. -inf is weight zero.
 
     Returns:
-        `Smoothed`. `k_hat` is 0 where the tail has no spread. All is NaN where a ratio is NaN or
+        `Smoothed`. `k_hat` is 0 where the tail has no spread, and infinite where its ratios differ
+        by more than the dtype's range. All is NaN where a ratio is NaN or
         +inf, or all are -inf.
 
     Raises:
@@ -72,11 +73,14 @@ def psis(log_ratios: jax.Array) -> Smoothed:
     excess = jnp.maximum(jnp.exp(ranked[num - tail :]) - jnp.exp(cutoff), 0.0)
     # Weights this level have no tail to fit; what is left of it may be rounding of log p and log q.
     spread = excess[-1] > 0.01 * jnp.exp(cutoff)
-    k_hat, scale = _fit_pareto(jnp.where(spread, excess, jnp.arange(1.0, tail + 1)))
+    # Where most of the tail underflows, a few weights are all there is: no shape is heavy enough.
+    hopeless = spread & (ranked[num - tail + _quartile(tail)] < tiny)
+    fitted = spread & ~hopeless
+    k_hat, scale = _fit_pareto(jnp.where(fitted, excess, jnp.arange(1.0, tail + 1)))
     levels = (jnp.arange(tail) + 0.5) / tail
     smooth = jnp.log(_pareto_quantile(levels, k_hat, scale) + jnp.exp(cutoff))
     smooth = jnp.minimum(smooth, 0.0)
-    smooth = jnp.where(spread & jnp.isfinite(smooth), smooth, ranked[num - tail :])
+    smooth = jnp.where(fitted & jnp.isfinite(smooth), smooth, ranked[num - tail :])
     x = x.at[order[num - tail :]].set(smooth)
 
     total = jax.scipy.special.logsumexp(x)
@@ -84,7 +88,7 @@ def psis(log_ratios: jax.Array) -> Smoothed:
     nan = jnp.where(broken, jnp.nan, 0.0)
     return Smoothed(
         log_weights=log_weights + nan,
-        k_hat=jnp.where(spread, k_hat, 0.0) + nan,
+        k_hat=jnp.where(fitted, k_hat, jnp.where(hopeless, jnp.inf, 0.0)) + nan,
         ess=jnp.exp(-jax.scipy.special.logsumexp(2 * log_weights)) + nan,
         log_evidence=total + shift - math.log(num) + nan,
     )
@@ -99,7 +103,7 @@ def _fit_pareto(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     n = x.shape[0]
     m = 30 + int(math.sqrt(n))
-    quartile = x[int(n / 4 + 0.5) - 1]
+    quartile = x[_quartile(n)]
     grid = 1 - jnp.sqrt(m / (jnp.arange(1, m + 1) - 0.5))
     b = grid / (3 * jnp.maximum(quartile, jnp.finfo(x.dtype).tiny)) + 1 / x[-1]
     k = jnp.mean(jnp.log1p(-b[:, None] * x), axis=1)
@@ -108,6 +112,11 @@ def _fit_pareto(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     b_hat = jnp.sum(b * weights)
     k_hat = jnp.mean(jnp.log1p(-b_hat * x))
     return (n * k_hat + 10 * 0.5) / (n + 10), -k_hat / b_hat
+
+
+def _quartile(n: int) -> int:
+    """Where the first quartile of n ascending numbers is."""
+    return int(n / 4 + 0.5) - 1
 
 
 def _pareto_quantile(p: jax.Array, k: jax.Array, scale: jax.Array) -> jax.Array:

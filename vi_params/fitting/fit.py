@@ -13,7 +13,7 @@ import optax
 from tqdm.auto import tqdm
 
 from vi_params._cache import program
-from vi_params._check import explain, require_count, require_key
+from vi_params._check import explain, require_count, require_instance, require_key
 from vi_params._tree import fold_in_name
 from vi_params.diagnostics.check import check_objective
 from vi_params.fitting.interrupt import Interrupt
@@ -90,12 +90,12 @@ def fit(
         >>> fit.status.name
         'CONVERGED'
     """
+    require_instance(objective, Objective, "vi.elbo(target, guide)", "fit, objective")
     require_key(key, "fit")
     require_count(num_steps, "num_steps", "fit")
     require_count(restarts, "restarts", "fit")
     data = resolve(objective, data)
     if params is not None:
-        require_params(objective, params)
         if restarts > 1:
             raise ValueError(
                 explain(
@@ -105,6 +105,7 @@ def fit(
                     where="fit",
                 )
             )
+        require_params(objective, params)
     stop = stop or plateau()
     optimizer = default_optimizer() if optimizer is None else optimizer
     compiled: Programs = program(programs, objective, restarts, alike=(optimizer, stop))
@@ -182,7 +183,7 @@ def _loop(
                 bar.update(int(made))
                 bar.set_postfix_str(_postfix(record, running), refresh=False)
                 stopped = [
-                    callback(Progress(read, record, running)) is True for callback in callbacks
+                    _is_true(callback(Progress(read, record, running))) for callback in callbacks
                 ]
                 if any(stopped) or interrupt.wanted:
                     interrupt.wanted = True
@@ -192,6 +193,11 @@ def _loop(
                 interrupt.wanted = ended = True
     record = np.concatenate(records, axis=1) if records else np.zeros((len(keys), 0))
     return lanes, record, interrupt.wanted
+
+
+def _is_true(answer: Any) -> bool:
+    """Whether a callback asks for the end: True itself, not just anything."""
+    return isinstance(answer, (bool, np.bool_)) and bool(answer)
 
 
 def _next_count(count: int, seconds: float, every: int, capacity: int) -> int:

@@ -165,7 +165,8 @@ def _compare(elbos: np.ndarray, differences_se: np.ndarray, best: int) -> str:
     """Whether the restarts agree, in words."""
     gap = elbos[best] - elbos
     finite = np.isfinite(gap)
-    near = finite & (gap <= np.maximum(AGREEMENT, 3 * np.nan_to_num(differences_se)))
+    noise = np.where(np.isfinite(differences_se), differences_se, 0.0)
+    near = finite & (gap <= np.maximum(AGREEMENT, 3 * noise))
     told = f"{int(near.sum())} of {len(elbos)} restarts agree on the best ELBO"
     if near.all():
         return told + "."

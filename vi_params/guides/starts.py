@@ -68,7 +68,7 @@ def _uniform(target: Target, key: jax.Array) -> dict[str, jax.Array]:
         return jax.random.uniform(own, minval=-RADIUS, maxval=RADIUS)
 
     u = jax.vmap(draw)(jnp.asarray(words, jnp.uint32), jnp.asarray(place, jnp.uint32))
-    parts = jnp.split(u, np.cumsum(sizes)[:-1])
+    parts = jnp.split(u, np.cumsum(sizes)[:-1]) if sizes else []
     return {
         name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)
     }

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vi_params._check import explain, require_count
+from vi_params._check import explain, require_count, require_instance
 from vi_params._tree import abstract_key, pick
 from vi_params.estimators import Estimator, pathwise
 from vi_params.guide import Guide
@@ -56,11 +56,15 @@ def elbo(
         >>> bool(loss == -aux.elbo)
         True
     """
+    require_instance(target, Target, "vi.target or vi.from_numpyro", "vi.elbo, target")
+    require_instance(guide, Guide, "vi.guides.mean_field(target)", "vi.elbo, guide")
     require_count(num_particles, "num_particles", "vi.elbo")
     if batch_size is not None:
         require_count(batch_size, "batch_size", "vi.elbo")
     estimator = estimator or pathwise()
+    require_instance(estimator, Estimator, "vi.estimators.pathwise()", "vi.elbo, estimator")
     scheme = noise or iid()
+    require_instance(scheme, Noise, "vi.noise.antithetic()", "vi.elbo, noise")
     declared = joint_declared(target, guide)
     guide = matched(target, guide)
     _require_estimable(target, guide, estimator)

@@ -27,6 +27,7 @@ def labels(declared: Declared, by_path: Mapping[str, Any], *, default: Any = Non
 
     Raises:
         KeyError: an expression that matches no parameter, or a parameter that none matches.
+        ValueError: a pattern is no regular expression.
 
     Example:
         >>> declared = {"loc": vi.Param(0.0), "net": vi.Param({"w": jnp.zeros(2), "b": 0.0})}
@@ -36,7 +37,7 @@ def labels(declared: Declared, by_path: Mapping[str, Any], *, default: Any = Non
     params = abstract_params(declared)
     paths = list(leaves_by_path(params))
     for pattern in by_path:
-        if not any(re.search(pattern, path) for path in paths):
+        if not any(_compiled(pattern).search(path) for path in paths):
             raise Failure(
                 explain(
                     "A pattern matches no parameter.",
@@ -64,6 +65,21 @@ def labels(declared: Declared, by_path: Mapping[str, Any], *, default: Any = Non
         return default
 
     return jax.tree_util.tree_map_with_path(label, params)
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            explain(
+                f"A pattern is no regular expression: {error}.",
+                expected="a regular expression, as Python's re takes it",
+                received=repr(pattern),
+                where="labels",
+                hint="re.escape(name) matches a name as it is written",
+            )
+        ) from error
 
 
 def freeze(

@@ -253,6 +253,7 @@ def _check_start(param: Param, value: Any, name: str) -> None:
             numbers = numbers.astype(np.float32)
         inside = np.all(np.isfinite(numbers)) and np.all(param.constraint(numbers))
         inside = inside and not _on_boundary(param.constraint, numbers)
+        transform = bijector(param.constraint, name)  # anew: its bounds may have been traced above
         free = _inverse(transform, value)
         if is_traced(free):  # a function with a derivative of its own, under vmap
             free = jax.jit(lambda x: _inverse(transform, x))(value)
