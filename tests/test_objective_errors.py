@@ -7,6 +7,7 @@ import optax
 import pytest
 from numpyro import distributions as dist
 from numpyro.distributions import constraints
+from numpyro.infer.autoguide import AutoNormal
 
 import vi_params as vi
 
@@ -249,6 +250,7 @@ def normal_target():
         (lambda t, g: vi.elbo(t, g, estimator=vi.estimators.pathwise), r"pathwise\(...\)"),
         (lambda t, g: vi.elbo(t, g, noise=vi.noise.sobol), r"sobol\(...\)"),
         (lambda t, g: vi.guides.mean_field(lambda y: None), "Expected: Target"),
+        (lambda t, g: vi.elbo(t, AutoNormal(lambda: None)), "Expected: Guide"),
         (lambda t, g: vi.fit(t, key=jax.random.key(0)), "Expected: Objective"),
         (lambda t, g: vi.svi(vi.elbo(t, g), numpyro.optim.Adam(0.1)), "optax"),
     ],

@@ -1,6 +1,7 @@
 """Errors that say what was expected, what was received, where, and the way out."""
 
 import difflib
+import inspect
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -113,13 +114,14 @@ def require_instance(value: Any, kind: type, example: str, where: str) -> None:
     """Raises TypeError unless `value` is a `kind`, such as `example` makes."""
     if not isinstance(value, kind):
         received = f"{type(value).__name__}: {value!r}"
+        ours = inspect.isfunction(value) and value.__module__.startswith("vi_params.")
         raise TypeError(
             explain(
                 f"{where} is of the wrong kind.",
                 expected=f"{kind.__name__}, such as {example} gives",
                 received=received if len(received) <= 200 else received[:200] + "...",
                 where=where,
-                hint=f"call it: {value.__name__}(...)" if callable(value) else None,
+                hint=f"call it: {value.__name__}(...)" if ours else None,
             )
         )
 

@@ -47,12 +47,10 @@ class FixedDraws(NamedTuple):
     Attributes:
         guide: the mean-field family.
         objective: its ELBO with the closed-form entropy.
-        name: the name of the family's parameters.
     """
 
     guide: Guide
     objective: Objective
-    name: str
 
 
 def deterministic(
@@ -93,7 +91,9 @@ def deterministic(
         A `Solution` with a `vi.guides.mean_field` guide; `info.status` says how it ended.
 
     Raises:
-        ValueError: lanes, num_draws or max_steps < 1, or an odd num_draws.
+        ValueError: lanes, num_draws or max_steps < 1, an odd num_draws, or a start outside its
+            support.
+        KeyError: `init` or `data` hold unknown names, or `data` lack one.
         TypeError: `key` is not a typed key.
 
     Example:
@@ -130,7 +130,7 @@ def fixed_draws(
     objective = elbo(
         target, guide, num_particles=num_draws, estimator=closed_form_entropy(), noise=scheme
     )
-    return FixedDraws(guide, objective, name)
+    return FixedDraws(guide, objective)
 
 
 def units(params: Any, name: str) -> Any:

@@ -76,7 +76,7 @@ def linear_response(target: Target, solution: Solution, data: Any = None) -> Sol
 
 
 def _build(target: Target, num_draws: int, name: str) -> Any:
-    _, objective, _ = fixed_draws(target, num_draws, None, None, name)
+    _, objective = fixed_draws(target, num_draws, None, None, name)
     guide = full_rank(target, name=name)
     dim, half = flat(target).dim, num_draws // 2
 
