@@ -12,7 +12,7 @@ from numpyro.distributions import constraints
 
 import vi_params as vi
 from vi_params.solvers.solution import MESSAGES
-from vi_params.solvers.trust_region import minimise
+from vi_params.solvers.trust_region import matrix_free, minimise
 
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 
@@ -152,8 +152,8 @@ def test_minimum_of_rosenbrock(unit):
     start = jnp.array([-1.2, 1.0, 0.5, -0.7])
     found = jax.jit(
         lambda x: minimise(
-            lambda x: rosenbrock(x / unit),
-            x,
+            matrix_free(lambda x: rosenbrock(x / unit)),
+            x[None],
             lambda x: jnp.full(4, unit),
             tolerance=1e-6,
             max_steps=200,

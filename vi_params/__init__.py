@@ -12,7 +12,8 @@ guides are pure functions of `(params, key)`; a fit is one compiled program.
 from vi_params import diagnostics, estimators, guides, noise, objectives, solvers, stopping
 from vi_params._table import Table
 from vi_params._version import __version__
-from vi_params.diagnostics import Check, Diagnosis, check, diagnose, draws, summary
+from vi_params.approximation import Approximation, NutsStart, approximate
+from vi_params.diagnostics import Check, Diagnosis, check, diagnose, draws, resample, summary
 from vi_params.fitting import Fit, Progress, Status, fit
 from vi_params.guide import Draw, Guide, guide
 from vi_params.interop.numpyro import from_numpyro, numpyro_guide
@@ -32,12 +33,13 @@ from vi_params.params import (
     take_rows,
     unconstrain,
 )
-from vi_params.solvers import Solution, SolverInfo, SolverStatus, linear_response
+from vi_params.solvers import Solution, SolverInfo, SolverStatus, linear_response, merge
 from vi_params.svi import SVI, Info, Start, State, run, svi
 from vi_params.target import FlatTarget, Target, flat, target
 
 __all__ = [
     "SVI",
+    "Approximation",
     "Check",
     "Diagnosis",
     "Draw",
@@ -46,6 +48,7 @@ __all__ = [
     "Guide",
     "Info",
     "Latent",
+    "NutsStart",
     "Objective",
     "Param",
     "Progress",
@@ -58,6 +61,7 @@ __all__ = [
     "Table",
     "Target",
     "__version__",
+    "approximate",
     "check",
     "constrain",
     "constrain_with_log_det",
@@ -77,10 +81,12 @@ __all__ = [
     "labels",
     "linear_response",
     "load_params",
+    "merge",
     "noise",
     "numpyro_guide",
     "objectives",
     "put_rows",
+    "resample",
     "run",
     "save_params",
     "solvers",

@@ -49,6 +49,8 @@ class Guide(NamedTuple):
             distributions, for hand-written guides; None for families, which follow their target.
         data: arrays that the guide takes beside the target's.
         is_point: whether all mass is in one point, so that there is no density to judge.
+        is_reparameterised: whether draws have a gradient with respect to the parameters, as far as
+            `distributions` does not say otherwise.
     """
 
     declared: Declared
@@ -61,6 +63,7 @@ class Guide(NamedTuple):
     distributions: Callable[..., Mapping[str, dist.Distribution]] | None = None
     data: Any = None
     is_point: bool = False
+    is_reparameterised: bool = True
 
 
 def sampler(noise: Callable[..., Any], transform: Callable[..., Draw]) -> Callable[..., Draw]:

@@ -78,6 +78,8 @@ def joint_data(target: Target, guide: Guide) -> Any:
 
 def without_gradient(target: Target, guide: Guide) -> tuple[str, ...]:
     """The latents of a hand-written guide whose distributions are not reparameterised."""
+    if not guide.is_reparameterised:
+        return tuple(target.latents)
     names: list[str] = []
     distributions = guide.distributions
     if distributions is not None:

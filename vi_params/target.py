@@ -185,24 +185,10 @@ def flat(target: Target) -> FlatTarget:
         (3, {'rate': Array(1., dtype=float32), 'z': Array([0., 0.], dtype=float32)})
     """
     require_instance(target, Target, "vi.target or vi.from_numpyro", "target")
-    shapes = {name: latent.unconstrained_shape or () for name, latent in target.latents.items()}
-    sizes = [int(np.prod(shape, dtype=int)) for shape in shapes.values()]
-    dim = sum(sizes)
+    dim = sum(_sizes(target))
 
     def split(u: jax.Array) -> dict[str, jax.Array]:
-        if jnp.shape(u) != (dim,):
-            raise ValueError(
-                explain(
-                    "The unconstrained vector has the wrong shape.",
-                    expected=f"shape ({dim},)",
-                    received=f"shape {jnp.shape(u)}",
-                    where="vi.flat",
-                    hint="jax.vmap over leading axes",
-                )
-            )
-        parts = lax.split(jnp.asarray(u), sizes) if sizes else []
-        named = zip(shapes, parts, strict=True)
-        return {name: part.reshape(shapes[name]) for name, part in named}
+        return split_vector(target, u)
 
     def both(u: jax.Array, values: Any = EMPTY, data: Any = None) -> Any:
         return target.constrain(values, split(u), target.data if data is None else data)
@@ -214,7 +200,7 @@ def flat(target: Target) -> FlatTarget:
 
     def unflatten(latents: Any, values: Any = EMPTY, data: Any = None) -> jax.Array:
         u = target.unconstrain(values, latents, target.data if data is None else data)
-        return ravel({name: u[name] for name in shapes})
+        return ravel({name: u[name] for name in target.latents})
 
     return FlatTarget(
         dim=dim,
@@ -223,6 +209,33 @@ def flat(target: Target) -> FlatTarget:
         unconstrain=unflatten,
         constrain_with_log_det=both,
     )
+
+
+def split_vector(target: Target, u: jax.Array) -> dict[str, jax.Array]:
+    """The unconstrained latents by name, out of one vector."""
+    sizes = _sizes(target)
+    if jnp.shape(u) != (sum(sizes),):
+        raise ValueError(
+            explain(
+                "The unconstrained vector has the wrong shape.",
+                expected=f"shape ({sum(sizes)},)",
+                received=f"shape {jnp.shape(u)}",
+                where="vi.flat",
+                hint="jax.vmap over leading axes",
+            )
+        )
+    parts = lax.split(jnp.asarray(u), sizes) if sizes else []
+    shapes = (latent.unconstrained_shape or () for latent in target.latents.values())
+    return {
+        name: part.reshape(shape)
+        for name, part, shape in zip(target.latents, parts, shapes, strict=True)
+    }
+
+
+def _sizes(target: Target) -> list[int]:
+    """How many unconstrained numbers each latent takes."""
+    shapes = (latent.unconstrained_shape or () for latent in target.latents.values())
+    return [int(np.prod(shape, dtype=int)) for shape in shapes]
 
 
 def ravel(u: Mapping[str, jax.Array]) -> jax.Array:

@@ -10,12 +10,9 @@ import numpy as np
 
 from vi_params._cache import program
 from vi_params._check import require_count, require_key
-from vi_params._tree import pick
-from vi_params.diagnostics.draws import over_noise
-from vi_params.diagnostics.psis import psis
 from vi_params.guide import Guide
+from vi_params.importance.weigh import Weighted, weigh
 from vi_params.matching import joint_data, matched
-from vi_params.params import constrain
 from vi_params.target import Target
 
 
@@ -116,27 +113,27 @@ def _diagnose(target: Target, guide: Guide, num_draws: int, batch_size: int | No
 
     @jax.jit
     def compiled(params: Any, key: jax.Array, data: Any) -> Diagnosis:
-        values = constrain(target.declared, pick(params, target.declared))
-
-        def log_ratio(noise: Any) -> jax.Array:
-            draw = guide.transform(params, noise, data)
-            return target.log_density(values, draw.latents, data) - draw.log_prob
-
-        log_ratios = over_noise(log_ratio, guide.noise(key, num_draws), batch_size)
-        smoothed = psis(log_ratios)
-        unknown = jnp.nan if guide.is_point else 0.0
-        k_hat = smoothed.k_hat + unknown
-        return Diagnosis(
-            elbo=jnp.mean(log_ratios),
-            elbo_se=jnp.std(log_ratios) / math.sqrt(num_draws),
-            k_hat=k_hat,
-            ess=smoothed.ess + unknown,
-            log_evidence=smoothed.log_evidence + unknown,
-            trustworthy=k_hat < threshold(num_draws),
-            num_draws=jnp.int32(num_draws),
-        )
+        noise = guide.noise(key, num_draws)
+        return judged(guide, weigh(target, guide, params, noise, data, batch_size))
 
     return compiled
+
+
+def judged(guide: Guide, draws: Weighted) -> Diagnosis:
+    """The diagnosis that weighted draws give."""
+    num_draws = len(draws.log_ratios)
+    smoothed = draws.smoothed
+    unknown = jnp.nan if guide.is_point else 0.0
+    k_hat = smoothed.k_hat + unknown
+    return Diagnosis(
+        elbo=jnp.mean(draws.log_ratios),
+        elbo_se=jnp.std(draws.log_ratios) / math.sqrt(num_draws),
+        k_hat=k_hat,
+        ess=smoothed.ess + unknown,
+        log_evidence=smoothed.log_evidence + unknown,
+        trustworthy=k_hat < threshold(num_draws),
+        num_draws=jnp.int32(num_draws),
+    )
 
 
 def threshold(num_draws: int) -> float:

@@ -9,6 +9,7 @@ from vi_params._cache import program
 from vi_params._check import require_count, require_key
 from vi_params._tree import pick
 from vi_params.guide import Guide
+from vi_params.importance.weigh import over_noise
 from vi_params.matching import joint_data, matched
 from vi_params.params import constrain
 from vi_params.target import Target
@@ -72,11 +73,3 @@ def _draws(target: Target, guide: Guide, num_draws: int, batch_size: int | None)
         return over_noise(one, guide.noise(key, num_draws), batch_size)
 
     return compiled
-
-
-def over_noise(f: Callable[[Any], Any], noise: Any, batch_size: int | None) -> Any:
-    """`f` at every particle's noise, `batch_size` of them at once."""
-    num = jax.tree.leaves(noise)[0].shape[0]
-    if batch_size is None or batch_size >= num:
-        return jax.vmap(f)(noise)
-    return jax.lax.map(f, noise, batch_size=batch_size)

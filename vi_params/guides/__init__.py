@@ -2,5 +2,6 @@
 
 from vi_params.guides.delta import delta
 from vi_params.guides.gaussian import full_rank, mean_field
+from vi_params.guides.mixture import mixture
 
-__all__ = ["delta", "full_rank", "mean_field"]
+__all__ = ["delta", "full_rank", "mean_field", "mixture"]

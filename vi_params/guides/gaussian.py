@@ -76,7 +76,7 @@ def mean_field(
         (2,)
     """
     dim = flat(target).dim
-    scale = jnp.full(dim, _positive(init_scale))
+    scale = jnp.full(dim, positive(init_scale))
     declared = {
         name: {
             "loc": Param(start_vector(target, init)),
@@ -115,7 +115,7 @@ def full_rank(
         guide/scale_tril  (3,)   float32  ScaledUnitLowerCholesky()             3
     """
     dim = flat(target).dim
-    scale_tril = _positive(init_scale) * jnp.eye(dim)
+    scale_tril = positive(init_scale) * jnp.eye(dim)
     declared = {
         name: {
             "loc": Param(start_vector(target, init)),
@@ -184,7 +184,8 @@ def model_values(target: Target, params: Any) -> dict[str, Any]:
     return constrain(target.declared, pick(params, target.declared))
 
 
-def _positive(init_scale: float) -> float:
+def positive(init_scale: float) -> float:
+    """The scale, checked."""
     if not init_scale > 0:
         raise ValueError(
             explain(

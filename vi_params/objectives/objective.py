@@ -68,11 +68,11 @@ def objective(
     return Objective(declared, loss, data, noise, checked, target, guide)
 
 
-def resolve(objective: Objective, data: Any) -> Any:
-    """The data to use: those given, as strongly typed arrays, or the objective's own."""
+def resolve(owner: Objective | Target, data: Any) -> Any:
+    """The data to use: those given, as strongly typed arrays, or the owner's."""
     if data is None:
-        return objective.data
-    structure = jax.tree.structure(objective.data)
+        return owner.data
+    structure = jax.tree.structure(owner.data)
     if structure.num_leaves:
         require_structure(structure, data)
     return jax.tree.map(strong, data)

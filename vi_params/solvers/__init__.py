@@ -2,6 +2,16 @@
 
 from vi_params.solvers.deterministic import deterministic
 from vi_params.solvers.linear_response import linear_response
+from vi_params.solvers.merge import merge
+from vi_params.solvers.population_monte_carlo import population_monte_carlo
 from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus
 
-__all__ = ["Solution", "SolverInfo", "SolverStatus", "deterministic", "linear_response"]
+__all__ = [
+    "Solution",
+    "SolverInfo",
+    "SolverStatus",
+    "deterministic",
+    "linear_response",
+    "merge",
+    "population_monte_carlo",
+]

@@ -1,34 +1,34 @@
 """Variational inference at fixed draws: the ELBO as a deterministic function, minimised by Newton.
 
-With e_1 .. e_M drawn once, the mean-field ELBO of u = m + exp(w) * e is
-
-    F(m, w) = -1/M sum_i log p(m + exp(w) * e_i) - sum(w),
-
-a smooth function with a Hessian: no learning rate, and an end that can be told. Giordano, Ingram
-and Broderick (2024), Black box variational inference with a deterministic objective, JMLR 25(18).
-The draws are antithetic, with sample moments made exact (`vi.noise`), so that quadratic log
-densities have their exact optimum; steps are measured in the current standard deviations, so that
-the units of a latent do not matter.
+With e_1 .. e_M drawn once, the mean-field ELBO of u = m + exp(w) * e is a smooth function of (m, w)
+with a Hessian (`fixed_draws`): no learning rate, and an end that can be told. Giordano, Ingram and
+Broderick (2024), Black box variational inference with a deterministic objective, JMLR 25(18). The
+draws are antithetic, with sample moments made exact (`vi.noise`), so that quadratic log densities
+have their exact optimum; steps are measured in the current standard deviations, so that the units
+of a latent do not matter.
 """
 
-from typing import Any, NamedTuple
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.flatten_util import ravel_pytree
 
 from vi_params._cache import program
 from vi_params._check import require_count, require_key
-from vi_params.estimators import closed_form_entropy
+from vi_params._compile import quick
 from vi_params.guide import Guide
 from vi_params.guides import mean_field
+from vi_params.matching import joint_declared
 from vi_params.noise import Noise, moment_matched, orthogonal
-from vi_params.objectives.elbo import elbo
-from vi_params.objectives.objective import Objective, resolve
+from vi_params.objectives.objective import resolve
+from vi_params.params import constrain, init_params
+from vi_params.params.declare import Declared
+from vi_params.params.maps import abstract_params
+from vi_params.solvers.fixed_draws import Response, fixed_draws, is_dense
 from vi_params.solvers.solution import Solution, SolverInfo
 from vi_params.solvers.trust_region import minimise
-from vi_params.svi import svi
 from vi_params.target import Target, flat
 
 FEWEST = 32
@@ -41,16 +41,8 @@ RADII = (1.0, 0.15, 0.5, 0.0)
 """The starts of the lanes, as multiples of the family's start."""
 
 
-class FixedDraws(NamedTuple):
-    """The problem that the solver minimises.
-
-    Attributes:
-        guide: the mean-field family.
-        objective: its ELBO with the closed-form entropy.
-    """
-
-    guide: Guide
-    objective: Objective
+TRIES = 25
+"""How many starts a lane tries until one has a finite loss and gradient."""
 
 
 def deterministic(
@@ -105,6 +97,34 @@ def deterministic(
         >>> bool(jnp.allclose(values["loc"], 3.0)), bool(jnp.allclose(values["scale"], 2.0))
         (True, True)
     """
+    return explore(
+        target,
+        key,
+        data,
+        num_draws=num_draws,
+        noise=noise,
+        lanes=lanes,
+        init=init,
+        tolerance=tolerance,
+        max_steps=max_steps,
+        name=name,
+    )[0]
+
+
+def explore(
+    target: Target,
+    key: jax.Array,
+    data: Any = None,
+    *,
+    num_draws: int | None = None,
+    noise: Noise | None = None,
+    lanes: int = 4,
+    init: Any = None,
+    tolerance: float | None = None,
+    max_steps: int = 200,
+    name: str = "guide",
+) -> tuple[Solution, tuple[Any, Response | None]]:
+    """What `deterministic` gives, and the parameters and responses that all lanes ended with."""
     require_key(key, "solvers.deterministic")
     require_count(lanes, "lanes", "solvers.deterministic")
     require_count(max_steps, "max_steps", "solvers.deterministic")
@@ -115,28 +135,11 @@ def deterministic(
     if tolerance is None:
         tolerance = 1e-6 if jnp.result_type(float) == jnp.float64 else 1e-5
     scheme = noise or (orthogonal() if dim <= FULL_FRAME else moment_matched())
-    problem, solve = program(
+    guide, solve = program(
         _build, target, num_draws, lanes, tolerance, max_steps, name, alike=(scheme, init)
     )
-    params, info, draws = solve(key, resolve(problem.objective, data))
-    return Solution(problem.guide, params, info, draws)
-
-
-def fixed_draws(
-    target: Target, num_draws: int, scheme: Noise | None, init: Any, name: str
-) -> FixedDraws:
-    """The mean-field ELBO of a target at draws to be given."""
-    guide = mean_field(target, init=init, name=name)
-    objective = elbo(
-        target, guide, num_particles=num_draws, estimator=closed_form_entropy(), noise=scheme
-    )
-    return FixedDraws(guide, objective)
-
-
-def units(params: Any, name: str) -> Any:
-    """The unit of every parameter: a location's is its standard deviation, the others' is one."""
-    ones = jax.tree.map(jnp.ones_like, params)
-    return {**ones, name: {**ones[name], "loc": jnp.exp(params[name]["scale"])}}
+    best, all_lanes = solve(key, resolve(target, data))
+    return Solution(guide, *best), all_lanes
 
 
 def _build(
@@ -148,43 +151,92 @@ def _build(
     name: str,
     scheme: Noise,
     init: Any,
-) -> tuple[FixedDraws, Any]:
-    problem = fixed_draws(target, num_draws, scheme, init, name)
-    objective = problem.objective
-    begin = svi(objective, optax.identity()).start
+) -> tuple[Guide, Any]:
+    guide = mean_field(target, init=init, name=name)
+    layout = Layout(target, guide)
     radii = jnp.array([RADII[i] if i < len(RADII) else 1.0 for i in range(lanes)])
+    entropy = 0.5 * layout.dim * (1 + math.log(2 * math.pi))
 
-    @jax.jit
-    def solve(key: jax.Array, data: Any) -> tuple[Any, SolverInfo, jax.Array]:
-        draws = objective.noise(jax.random.fold_in(key, lanes))
+    @quick
+    def solve(key: jax.Array, data: Any) -> tuple[tuple, tuple]:
+        """The fields of the best `Solution`, and parameters and responses of all lanes."""
+        draws = scheme.draw(jax.random.fold_in(key, lanes), num_draws, layout.dim)
+        f = fixed_draws(
+            layout.log_density(data), draws, lanes * layout.size(data), layout.num_model
+        )
 
         def lane(i: jax.Array, radius: jax.Array) -> Any:
-            params = begin(jax.random.fold_in(key, i), None, data).state.params
-            own = params[name]
-            params = {**params, name: {**own, "loc": radius * own["loc"]}}
-            x, unravel = ravel_pytree(params)
-            found = minimise(
-                lambda x: objective.evaluate(unravel(x), draws, data)[0],
-                x,
-                lambda x: ravel_pytree(units(unravel(x), name))[0],
-                tolerance=tolerance,
-                max_steps=max_steps,
-            )
-            return unravel(found.x), found
+            keys = jax.random.split(jax.random.fold_in(key, i), TRIES)
+            starts = jax.vmap(lambda key: layout.vector(init_params(layout.declared, key)))(keys)
+            starts = starts.at[:, : layout.dim].multiply(radius)
+            return minimise(f, starts, layout.units, tolerance=tolerance, max_steps=max_steps)
 
-        params, found = jax.vmap(lane)(jnp.arange(lanes), radii)
+        found = jax.vmap(lane)(jnp.arange(lanes), radii)
         best = jnp.argmin(found.value)
+        at_best = jax.tree.map(lambda leaf: leaf[best], found)
+        elbos = jnp.where(jnp.isfinite(found.value), entropy - found.value, jnp.nan)
         info = SolverInfo(
-            status=found.status[best],
-            elbo=-found.value[best],
-            steps=found.steps[best],
-            lane_elbos=jnp.where(jnp.isfinite(found.value), -found.value, jnp.nan),
+            status=at_best.status,
+            elbo=entropy - at_best.value,
+            steps=at_best.steps,
+            lane_elbos=elbos,
             lane_statuses=found.status,
             sampling_error=jnp.full((), jnp.nan, found.value.dtype),
         )
-        return jax.tree.map(lambda leaf: leaf[best], params), info, draws
+        params = jax.vmap(layout.params)(found.x)
+        responses = None
+        if is_dense(layout.dim, layout.num_model):
+            hessian, scores = found.curvature
+            both = 2 * layout.dim
+            responses = Response(hessian[:, :both, :both], scores[:, :, :both])
+        own, response = jax.tree.map(lambda leaf: leaf[best], (params, responses))
+        return (own, info, draws, response), (params, responses)
 
-    return problem, solve
+    return guide, solve
+
+
+class Layout:
+    """How the parameters of target and mean-field guide lie in one vector (m, w, theta)."""
+
+    def __init__(self, target: Target, guide: Guide) -> None:
+        """Reads names and shapes off the declarations."""
+        (self.name,) = guide.declared
+        self.target = target
+        self.declared: Declared = joint_declared(target, guide)
+        self.flat = flat(target)
+        self.dim = self.flat.dim
+        model = abstract_params(target.declared)
+        blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), model)
+        theta, self.unravel = ravel_pytree(blank)
+        self.num_model = theta.size
+
+    def vector(self, params: Any) -> jax.Array:
+        """Parameters as (m, w, theta)."""
+        own = params[self.name]
+        theta = ravel_pytree({key: params[key] for key in self.target.declared})[0]
+        return jnp.concatenate([own["loc"], own["scale"], theta])
+
+    def params(self, x: jax.Array) -> dict[str, Any]:
+        """Parameters of a vector (m, w, theta)."""
+        own = {"loc": x[: self.dim], "scale": x[self.dim : 2 * self.dim]}
+        return {**self.unravel(x[2 * self.dim :]), self.name: own}
+
+    def units(self, x: jax.Array) -> jax.Array:
+        """The unit of every parameter: a location's is its standard deviation, the others' is 1."""
+        return jnp.ones_like(x).at[: self.dim].set(jnp.exp(x[self.dim : 2 * self.dim]))
+
+    def log_density(self, data: Any) -> Any:
+        """`(u, theta) -> scalar`."""
+
+        def at(u: jax.Array, theta: jax.Array) -> jax.Array:
+            values = constrain(self.target.declared, self.unravel(theta))
+            return self.flat.log_density(u, values, data)
+
+        return at
+
+    def size(self, data: Any) -> int:
+        """About how many numbers one evaluation of the log density handles."""
+        return self.dim + self.num_model + sum(leaf.size for leaf in jax.tree.leaves(data))
 
 
 def own_name(solution: Solution) -> str:

@@ -13,19 +13,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.flatten_util import ravel_pytree
 
 from vi_params._cache import program
 from vi_params._check import explain
-from vi_params.guides import full_rank
+from vi_params._compile import quick
+from vi_params.guides import full_rank, mean_field
 from vi_params.objectives.objective import resolve
 from vi_params.params import unconstrain
-from vi_params.solvers.deterministic import fixed_draws, own_name, units
+from vi_params.solvers.deterministic import Layout, own_name
+from vi_params.solvers.fixed_draws import BLOCK, Response, divisor, over_draws, split
 from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus
-from vi_params.target import Target, flat
-
-AT_ONCE = 32
-"""How many columns of the Hessian are computed side by side."""
+from vi_params.target import Target
 
 
 def linear_response(target: Target, solution: Solution, data: Any = None) -> Solution:
@@ -69,52 +67,71 @@ def linear_response(target: Target, solution: Solution, data: Any = None) -> Sol
                 where="linear_response",
             )
         )
-    guide, objective, respond = program(_build, target, len(solution.noise), name)
-    data = resolve(objective, data)
-    params, info = respond(solution.params, solution.info, solution.noise, data)
+    guide, expand, respond = program(_build, target, name)
+    response = solution.response
+    if response is None:
+        response = expand(solution.params, solution.noise, resolve(target, data))
+    params, info = respond(solution.params, solution.info, response)
     return Solution(guide, params, info, solution.noise)
 
 
-def _build(target: Target, num_draws: int, name: str) -> Any:
-    _, objective = fixed_draws(target, num_draws, None, None, name)
+def _build(target: Target, name: str) -> Any:
     guide = full_rank(target, name=name)
-    dim, half = flat(target).dim, num_draws // 2
+    layout = Layout(target, mean_field(target, name=name))
+    dim = layout.dim
 
-    @jax.jit
-    def respond(params: Any, info: SolverInfo, draws: jax.Array, data: Any) -> Any:
-        own, rest = params[name], {key: params[key] for key in params if key != name}
+    @quick
+    def expand(params: Any, draws: jax.Array, data: Any) -> Response:
+        """The Hessian by columns, the scores by pairs: where they are too large to be at hand."""
+        log_density = layout.log_density(data)
+        x = layout.vector(params)
+        theta = x[2 * dim :]
+        at_once = divisor(len(draws) // 2, BLOCK // (2 * layout.size(data)))
+
+        def slope(x: jax.Array, pair: jax.Array) -> jax.Array:
+            def loss(x: jax.Array) -> jax.Array:
+                m, w, _ = split(x, dim)
+                terms = jax.vmap(lambda e: log_density(m + jnp.exp(w) * e, theta))(pair)
+                return -jnp.mean(terms) - jnp.sum(w)
+
+            return jax.grad(loss)(x)
+
+        pairs = draws.reshape(2, -1, dim).swapaxes(0, 1)
+        x = x[: 2 * dim]
+
+        def column(v: jax.Array) -> jax.Array:
+            def product(pair: jax.Array) -> jax.Array:
+                return jax.jvp(lambda x: slope(x, pair), (x,), (v,))[1]
+
+            return over_draws(product, pairs, at_once).mean(0)
+
+        hessian = lax.map(column, jnp.eye(2 * dim, dtype=x.dtype))
+        return Response(hessian, over_draws(lambda pair: slope(x, pair), pairs, at_once))
+
+    @quick
+    def respond(params: Any, info: SolverInfo, response: Response) -> Any:
+        own = params[name]
+        scale = jnp.exp(own["scale"])
         # (m, log scale) in units of the scales: every block of the Hessian is then of order one.
-        unit = ravel_pytree(units(params, name)[name])[0]
-        x, unravel = ravel_pytree(own)
-
-        def loss(p: jax.Array, draws: jax.Array) -> jax.Array:
-            return objective.evaluate({**rest, name: unravel(x + unit * p)}, draws, data)[0]
-
-        zero = jnp.zeros_like(x)
-        slope = jax.grad(loss)
-        hessian = lax.map(
-            lambda v: jax.jvp(lambda p: slope(p, draws), (zero,), (v,))[1],
-            jnp.eye(2 * dim, dtype=x.dtype),
-            batch_size=min(AT_ONCE, 2 * dim),
-        )
+        unit = jnp.concatenate([scale, jnp.ones_like(scale)])
+        hessian = unit[:, None] * response.hessian * unit
         factor = jnp.linalg.cholesky(0.5 * (hessian + hessian.T))
-        inverse = jax.scipy.linalg.cho_solve((factor, True), jnp.eye(2 * dim, dtype=x.dtype))
+        inverse = jax.scipy.linalg.cho_solve((factor, True), jnp.eye(2 * dim, dtype=unit.dtype))
         covariance, location = inverse[:dim, :dim], inverse[:dim]
         scale_tril = jnp.linalg.cholesky(0.5 * (covariance + covariance.T))
 
         # The loss is the mean over pairs of independent draws of a pair's own loss.
-        pairs = jnp.stack([draws[:half], draws[half:]], axis=1)
-        scores = lax.map(lambda pair: slope(zero, pair), pairs, batch_size=min(AT_ONCE, half))
+        scores = unit * response.scores
         moved = (scores - scores.mean(0)) @ location.T
-        error = jnp.sqrt(jnp.mean(moved**2, axis=0) / max(half - 1, 1))
+        error = jnp.sqrt(jnp.mean(moved**2, axis=0) / max(len(scores) - 1, 1))
         relative = jnp.max(error / jnp.sqrt(jnp.diagonal(covariance)))
 
         definite = jnp.all(jnp.isfinite(scale_tril))
-        scale = jnp.exp(own["scale"])
         scale_tril = jnp.where(definite, scale[:, None] * scale_tril, jnp.diag(scale))
         values = {name: {"loc": own["loc"], "scale_tril": scale_tril}}
         status = jnp.where(definite, info.status, SolverStatus.INDEFINITE)
         info = info._replace(status=status, sampling_error=relative)
+        rest = {key: params[key] for key in params if key != name}
         return {**rest, **unconstrain(guide.declared, values)}, info
 
-    return guide, objective, respond
+    return guide, expand, respond

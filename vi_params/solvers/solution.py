@@ -68,12 +68,15 @@ class Solution(NamedTuple):
         params: the joint parameters of target and guide, unconstrained.
         info: a `SolverInfo`.
         noise: the fixed draws behind it, shape (num_draws, dim).
+        response: the `Response` at the solution, for `vi.linear_response`; None where the Hessian
+            would be large, and for other solvers.
     """
 
     guide: Guide
     params: Any
     info: SolverInfo
     noise: jax.Array
+    response: Any = None
 
     def __str__(self) -> str:
         error = self.info.sampling_error

@@ -1,4 +1,4 @@
-"""Trust-region Newton-CG: a minimiser that needs Hessian-vector products only.
+"""Trust-region Newton-CG: a minimiser that needs products with the Hessian only.
 
 The trust region is a ball in the coordinates p of x + D p, with the diagonal D given by the current
 x, so that a change of units of x changes nothing. Steihaug (1983), The conjugate gradient method
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from vi_params._tree import all_finite
+from vi_params._tree import all_finite, where_tree
 from vi_params.solvers.solution import SolverStatus
 
 RADIUS = 1.0
@@ -22,7 +22,29 @@ LARGEST = 100.0
 """The largest radius."""
 
 CG_STEPS = 200
-"""How many Hessian-vector products one step takes at most."""
+"""How many products with the Hessian one step takes at most."""
+
+
+class Smooth(NamedTuple):
+    """A function of a vector that has a gradient and a Hessian.
+
+    Attributes:
+        expand: `x -> (value, gradient, curvature)`, the curvature any pytree of arrays.
+        product: `(curvature, v) -> H v`.
+    """
+
+    expand: Callable[[jax.Array], tuple[jax.Array, jax.Array, Any]]
+    product: Callable[[Any, jax.Array], jax.Array]
+
+
+def matrix_free(f: Callable[[jax.Array], jax.Array]) -> Smooth:
+    """f with products by forward over reverse differentiation; its curvature is the point."""
+    slope = jax.value_and_grad(f)
+
+    def product(x: jax.Array, v: jax.Array) -> jax.Array:
+        return jax.jvp(jax.grad(f), (x,), (v,))[1]
+
+    return Smooth(lambda x: (*slope(x), x), product)
 
 
 class Minimum(NamedTuple):
@@ -30,13 +52,15 @@ class Minimum(NamedTuple):
 
     Attributes:
         x: the point.
-        value: f there; infinite where the start was not finite.
+        value: f there; infinite where no start was finite.
+        curvature: that of `Smooth` there.
         steps: how many steps were tried.
         status: a `SolverStatus`.
     """
 
     x: jax.Array
     value: jax.Array
+    curvature: Any
     steps: jax.Array
     status: jax.Array
 
@@ -45,14 +69,16 @@ class _State(NamedTuple):
     x: jax.Array
     value: jax.Array
     grad: jax.Array
+    curvature: Any
     radius: jax.Array
+    tries: jax.Array
     steps: jax.Array
     done: jax.Array
 
 
 def minimise(
-    f: Callable[[jax.Array], jax.Array],
-    x: jax.Array,
+    f: Smooth,
+    starts: jax.Array,
     scale: Callable[[jax.Array], jax.Array],
     *,
     tolerance: float,
@@ -60,30 +86,32 @@ def minimise(
 ) -> Minimum:
     """A local minimum of f.
 
+    The program holds `expand` once: its first turns evaluate starts until one is finite.
+
     Args:
-        f: `(n,) -> scalar`, twice differentiable.
-        x: the start, shape (n,).
+        f: what to minimise.
+        starts: shape (tries, n).
         scale: x -> the diagonal of D, shape (n,).
         tolerance: stop after a full Newton step that promised to lower f by less than this.
         max_steps: how many steps are tried at most.
     """
-    slope = jax.value_and_grad(f)
-    smallest = jnp.finfo(x.dtype).eps
+    num_starts, size = starts.shape
+    smallest = jnp.finfo(starts.dtype).eps
 
     def body(state: _State) -> _State:
-        began = jnp.isfinite(state.value)  # the first turn evaluates the start, at a step of zero
+        began = jnp.isfinite(state.value)
         diagonal = scale(state.x)
         model = _steihaug(
             diagonal * state.grad,
-            lambda p: diagonal * jax.jvp(jax.grad(f), (state.x,), (diagonal * p,))[1],
+            lambda p: diagonal * f.product(state.curvature, diagonal * p),
             state.radius,
         )
-        x = state.x + diagonal * model.step
-        value, grad = slope(x)
+        x = jnp.where(began, state.x + diagonal * model.step, starts[state.tries])
+        value, grad, curvature = f.expand(x)
         # Differences of f below its rounding say nothing: they count as promised.
         rounding = 10 * smallest * jnp.abs(value)
         ratio = (state.value - value + rounding) / (model.decrease + rounding)
-        accepted = all_finite(value, grad) & ((ratio > 1e-4) | ~began)
+        accepted = all_finite(value, grad, curvature) & ((ratio > 1e-4) | ~began)
         length = jnp.linalg.norm(model.step)
         grown = jnp.where(
             (ratio > 0.75) & model.at_boundary,
@@ -91,25 +119,28 @@ def minimise(
             state.radius,
         )
         shrunk = 0.25 * jnp.minimum(length, state.radius)
-        radius = jnp.where(began, jnp.where(accepted & (ratio > 0.25), grown, shrunk), RADIUS)
-        done = began & accepted & ~model.at_boundary & (model.decrease < tolerance)
+        radius = jnp.where(accepted & (ratio > 0.25), grown, shrunk)
         return _State(
-            jnp.where(accepted, x, state.x),
-            jnp.where(accepted, value, state.value),
-            jnp.where(accepted, grad, state.grad),
-            radius,
-            state.steps + 1,
-            done | ~(began | accepted),
+            *where_tree(accepted, (x, value, grad, curvature), (state.x, *state[1:4])),
+            radius=jnp.where(began, radius, RADIUS),
+            tries=state.tries + ~began,
+            steps=state.steps + began,
+            done=began & accepted & ~model.at_boundary & (model.decrease < tolerance),
         )
 
     def go_on(state: _State) -> jax.Array:
-        return ~state.done & (state.steps < max_steps) & (state.radius > smallest)
+        trying = jnp.isinf(state.value) & (state.tries < num_starts)
+        improving = (state.steps < max_steps) & (state.radius > smallest) & ~state.done
+        return trying | (jnp.isfinite(state.value) & improving)
 
+    like = jax.eval_shape(f.expand, starts[0])[2]
     start = _State(
-        x,
-        jnp.full((), jnp.inf, x.dtype),
-        jnp.zeros_like(x),
-        jnp.full((), RADIUS, x.dtype),
+        starts[0],
+        jnp.full((), jnp.inf, starts.dtype),
+        jnp.zeros(size, starts.dtype),
+        jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like),
+        jnp.full((), RADIUS, starts.dtype),
+        jnp.int32(0),
         jnp.int32(0),
         jnp.bool_(False),
     )
@@ -119,7 +150,7 @@ def minimise(
         [SolverStatus.INVALID_START, SolverStatus.CONVERGED, SolverStatus.STALLED],
         SolverStatus.MAX_STEPS,
     )
-    return Minimum(end.x, end.value, end.steps, status)
+    return Minimum(end.x, end.value, end.curvature, end.steps, status)
 
 
 class _Model(NamedTuple):

@@ -1,0 +1,6 @@
+"""From a target to draws and a verdict in one call."""
+
+from vi_params.approximation.approximate import approximate
+from vi_params.approximation.result import Approximation, NutsStart
+
+__all__ = ["Approximation", "NutsStart", "approximate"]

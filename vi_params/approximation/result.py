@@ -1,0 +1,180 @@
+"""What `vi.approximate` hands back."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vi_params._cache import program
+from vi_params._check import require_count, require_key
+from vi_params._compile import quick
+from vi_params._table import Table
+from vi_params._tree import pick
+from vi_params.diagnostics.diagnose import Diagnosis, judged
+from vi_params.guide import Guide
+from vi_params.importance import Weighted, pick_draws, weigh
+from vi_params.params import constrain
+from vi_params.target import Target, split_vector
+
+BATCH = 4000
+"""How many draws of the guide are weighted at once."""
+
+MOST_BATCHES = 25
+"""How many such batches one call of `draws` makes at most."""
+
+
+class NutsStart(NamedTuple):
+    """Where NUTS starts well, in unconstrained coordinates.
+
+    Attributes:
+        position: one start a chain in the coordinates of `vi.flat(target)`, shape (num_chains,
+            dim): what samplers over a vector take.
+        unconstrained: the same by name, leading axis the chains: numpyro's `init_params`.
+        inverse_mass_matrix: the covariance of the draws in those coordinates, shape (dim, dim).
+    """
+
+    position: jax.Array
+    unconstrained: dict[str, jax.Array]
+    inverse_mass_matrix: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Approximation:
+    """An approximation of a posterior, and whether to trust it.
+
+    Attributes:
+        guide: the family.
+        params: its parameters and the model's own, unconstrained.
+        diagnosis: the `Diagnosis` of the guide.
+        trustworthy: whether `draws` can be used as draws of the posterior.
+        resampled: whether `draws` resamples the guide's draws by their importance weights.
+        verdict: the judgement in words.
+        table: what was tried, one row an approximation.
+        target: what was approximated.
+        data: the data it was approximated for.
+    """
+
+    guide: Guide
+    params: Any
+    diagnosis: Diagnosis
+    trustworthy: bool
+    resampled: bool
+    verdict: str
+    table: Table
+    target: Target
+    data: Any
+
+    def draws(self, key: jax.Array, num_draws: int) -> dict[str, jax.Array]:
+        """Draws of the posterior: the guide's, importance-resampled where `resampled` says so.
+
+        Args:
+            key: a typed random key.
+            num_draws: how many.
+
+        Returns:
+            name -> array with leading axis `num_draws`: the constrained latents, then the target's
+            deterministic sites.
+
+        Raises:
+            ValueError: num_draws < 1.
+            TypeError: `key` is not a typed key.
+        """
+        require_key(key, "Approximation.draws")
+        require_count(num_draws, "num_draws", "Approximation.draws")
+        latents, _ = self._choose(key, num_draws)
+        added = program(_deterministic, self.target)(self.params, latents, self.data)
+        return {**latents, **added}
+
+    def nuts_start(self, key: jax.Array, num_chains: int = 4) -> NutsStart:
+        """Starting points and an inverse mass matrix for NUTS.
+
+        With NumPyro, for all latents by name in the order of `start.unconstrained`:
+
+            names = tuple(start.unconstrained)
+            kernel = NUTS(model, dense_mass=[names],
+                          inverse_mass_matrix={names: start.inverse_mass_matrix})
+            MCMC(kernel, ..., num_chains=4).run(key, *args, init_params=start.unconstrained)
+
+        Args:
+            key: a typed random key.
+            num_chains: how many starting points, distinct draws.
+
+        Returns:
+            A `NutsStart`.
+
+        Raises:
+            ValueError: num_chains < 1.
+            TypeError: `key` is not a typed key.
+        """
+        require_key(key, "Approximation.nuts_start")
+        require_count(num_chains, "num_chains", "Approximation.nuts_start")
+        _, position = self._choose(key, max(BATCH // 4, num_chains))
+        centred = position - position.mean(0)
+        covariance = centred.T @ centred / len(position)
+        # Few distinct draws can lie in a plane: a little of the diagonal keeps the matrix regular.
+        spread = jnp.diag(jnp.diagonal(covariance))
+        covariance = 0.99 * covariance + 0.01 * spread
+        distinct = np.unique(np.asarray(position), axis=0, return_index=True)[1]
+        order = np.resize(np.sort(distinct), num_chains)
+        start = position[order]
+        named = jax.vmap(lambda u: split_vector(self.target, u))(start)
+        return NutsStart(start, named, covariance)
+
+    def _choose(self, key: jax.Array, num_draws: int) -> tuple[dict[str, jax.Array], jax.Array]:
+        """Latents and unconstrained vectors of `num_draws` draws."""
+        if self.resampled:  # so many batches that a draw is seldom taken twice
+            fresh = max(1.0, 0.5 * BATCH * float(self.diagnosis.ess) / self.diagnosis.num_draws)
+        else:
+            fresh = BATCH
+        batches = min(MOST_BATCHES, math.ceil(num_draws / fresh))
+        each = math.ceil(num_draws / batches)
+        draw = judge(self.target, self.guide)
+        parts = []
+        for one in jax.random.split(key, batches):
+            propose, choose = jax.random.split(one)
+            weighted = draw(self.params, propose, self.data)[0]
+            if self.resampled:
+                index = program(_pick, each)(choose, weighted.smoothed.log_weights)
+            else:
+                index = np.arange(each)
+            parts.append(
+                jax.tree.map(lambda leaf, i=index: leaf[i], (weighted.latents, weighted.position))
+            )
+        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:num_draws], *parts)
+
+    def __str__(self) -> str:
+        return f"{self.verdict}\n{self.table}"
+
+    __repr__ = __str__
+
+
+def judge(target: Target, guide: Guide) -> Callable[..., tuple[Weighted, Diagnosis]]:
+    """`(params, key, data) -> (Weighted, Diagnosis)` of a batch of draws, compiled once."""
+    return program(_judge, target, guide)
+
+
+def _judge(target: Target, guide: Guide) -> Callable[..., tuple[Weighted, Diagnosis]]:
+    @quick
+    def compiled(params: Any, key: jax.Array, data: Any) -> tuple[Weighted, Diagnosis]:
+        noise = guide.noise(key, BATCH)
+        weighted = weigh(target, guide, params, noise, data, nan_is_outside=True)
+        return weighted, judged(guide, weighted)
+
+    return compiled
+
+
+def _pick(num_draws: int) -> Callable[..., jax.Array]:
+    return quick(lambda key, log_weights: pick_draws(key, log_weights, num_draws))
+
+
+def _deterministic(target: Target) -> Callable[..., dict[str, jax.Array]]:
+    @quick
+    def compiled(params: Any, latents: Any, data: Any) -> dict[str, jax.Array]:
+        values = constrain(target.declared, pick(params, target.declared))
+        return jax.vmap(lambda one: target.deterministic(values, one, data))(latents)
+
+    return compiled

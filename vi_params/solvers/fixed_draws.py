@@ -1,0 +1,116 @@
+"""The mean-field ELBO at fixed draws: a smooth function of locations and log scales.
+
+With e_1 .. e_M drawn once and z_i = m + exp(w) * e_i, the loss over x = (m, w, theta) is
+
+    F(x) = -1/M sum_i l(z_i, theta) - sum(w),
+
+l the log density over unconstrained latents and model parameters. Its derivatives follow from those
+of l at the draws, g_i and H_i, by the chain rule through A_i = d(z_i, theta)/dx:
+
+    grad F = -1/M sum_i A_i' g_i - (0, 1, 0)
+    hess F = -1/M sum_i [A_i' H_i A_i + diag(0, exp(w) e_i g_i, 0)].
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from vi_params.solvers.trust_region import Smooth, matrix_free
+
+DENSE = 32
+"""The largest number of latents and model parameters for which the Hessian is held as a matrix."""
+
+BLOCK = 2**22
+"""About how many numbers an array may hold while the draws are evaluated side by side."""
+
+LogDensity = Callable[[jax.Array, jax.Array], jax.Array]
+"""`(u, theta) -> scalar`: over unconstrained latents and model parameters, both vectors."""
+
+
+class Response(NamedTuple):
+    """The second-order expansion of F at a solution.
+
+    Attributes:
+        hessian: in (m, w), shape (2 dim, 2 dim).
+        scores: the gradients in (m, w) of the losses of single pairs of draws, shape
+            (num_draws / 2, 2 dim); their mean is the gradient of F.
+    """
+
+    hessian: jax.Array
+    scores: jax.Array
+
+
+def is_dense(dim: int, num_model: int) -> bool:
+    """Whether the Hessian of that many latents and model parameters is held as a matrix."""
+    return dim + num_model <= DENSE
+
+
+def fixed_draws(log_density: LogDensity, draws: jax.Array, size: int, num_model: int) -> Smooth:
+    """F as a function to be minimised; its curvature is `Response`-like where that is small.
+
+    Args:
+        log_density: `(u, theta) -> scalar`.
+        draws: e, shape (num_draws, dim).
+        size: how many numbers an evaluation of the log density handles, side by side lanes counted.
+        num_model: the length of theta.
+    """
+    num_draws, dim = draws.shape
+    if not is_dense(dim, num_model):
+        at_once = divisor(num_draws, BLOCK // size)
+
+        def loss(x: jax.Array) -> jax.Array:
+            m, w, theta = split(x, dim)
+            terms = over_draws(lambda e: log_density(m + jnp.exp(w) * e, theta), draws, at_once)
+            return -jnp.mean(terms) - jnp.sum(w)
+
+        return matrix_free(loss)
+
+    at_once = divisor(num_draws, BLOCK // (size * (dim + num_model)))
+
+    def expand(x: jax.Array) -> tuple[jax.Array, jax.Array, Response]:
+        m, w, theta = split(x, dim)
+
+        def one(e: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            """A draw's share of F, of its gradient and of its Hessian."""
+            spread = jnp.exp(w) * e
+
+            def lift(v: jax.Array) -> jax.Array:
+                """A' v: the z part counts for m and, times dz/dw, for w."""
+                return jnp.concatenate([v[:dim], (v[:dim].T * spread).T, v[dim:]])
+
+            def share(y: jax.Array) -> jax.Array:
+                return -log_density(y[:dim], y[dim:])
+
+            y = jnp.concatenate([m + spread, theta])
+            (value, slope), tangent = jax.linearize(jax.value_and_grad(share), y)
+            hessian = jax.vmap(lambda v: tangent(v)[1])(jnp.eye(y.size, dtype=y.dtype))
+            bend = jnp.zeros_like(x).at[dim : 2 * dim].set(spread * slope[:dim])
+            return value, lift(slope), lift(lift(hessian).T) + jnp.diag(bend)
+
+        entropy = jnp.zeros_like(x).at[dim : 2 * dim].set(1.0)
+        values, slopes, hessians = over_draws(one, draws, at_once)
+        pairs = slopes.reshape(2, -1, x.size).mean(0) - entropy
+        curvature = Response(hessians.mean(0), pairs)
+        return values.mean() - jnp.sum(w), pairs.mean(0), curvature
+
+    return Smooth(expand, lambda curvature, v: curvature.hessian @ v)
+
+
+def split(x: jax.Array, dim: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(m, w, theta)."""
+    return x[:dim], x[dim : 2 * dim], x[2 * dim :]
+
+
+def over_draws(f: Callable[[jax.Array], Any], draws: jax.Array, at_once: int) -> Any:
+    """f of every draw, `at_once` of them side by side."""
+    if at_once == len(draws):
+        return jax.vmap(f)(draws)
+    return lax.map(f, draws, batch_size=at_once)
+
+
+def divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` up to `limit`, at least 1: equal blocks, one program."""
+    return max(n for n in range(1, max(1, min(number, limit)) + 1) if number % n == 0)

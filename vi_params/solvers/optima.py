@@ -1,0 +1,39 @@
+"""Which of several lanes ended in other optima than the best one."""
+
+from typing import Any
+
+import numpy as np
+
+from vi_params.solvers.solution import Solution, SolverStatus
+
+FAR = 2.0
+"""Two optima are distinct where a location differs by more than this many standard deviations."""
+
+BELOW = 10.0
+"""Optima that are this many nats worse than the best one hold no mass that matters."""
+
+
+def distinct(solution: Solution, params: Any) -> list[int]:
+    """One lane of each optimum other than the solution's own, the best lane of each.
+
+    Args:
+        solution: a mean-field `Solution`.
+        params: the parameters that all lanes ended with, leading axis the lanes.
+    """
+    (name,) = solution.guide.declared
+    elbos = np.asarray(solution.info.lane_elbos)
+    converged = np.asarray(solution.info.lane_statuses) == SolverStatus.CONVERGED
+    locs, scales = np.asarray(params[name]["loc"]), np.exp(np.asarray(params[name]["scale"]))
+    found: list[int] = []
+    seen = [(np.asarray(solution.params[name]["loc"]), np.exp(solution.params[name]["scale"]))]
+    for i in np.argsort(-elbos, kind="stable").tolist():
+        if not converged[i] or not elbos[i] > float(solution.info.elbo) - BELOW:
+            continue
+        away = [
+            np.max(np.abs(locs[i] - loc) / np.maximum(scales[i], scale), initial=0.0)
+            for loc, scale in seen
+        ]
+        if min(away) > FAR:
+            found.append(i)
+            seen.append((locs[i], scales[i]))
+    return found
