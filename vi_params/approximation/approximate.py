@@ -94,7 +94,8 @@ def approximate(
     Fixed-draw mean-field from several starts, covariances by linear response, a judgement by
     Pareto-smoothed importance sampling; where distinct optima were found, their mixture; where that
     is not good enough, a mixture of Student-t distributions polished by population Monte Carlo. It
-    stops at the first that is good: k-hat below 0.5 and half of its draws effective.
+    stops at the first that is good: k-hat below 0.7 (0.5 for the mixture, which was fitted to such
+    weights) in two independent judgements, and half of the draws effective.
 
     It runs on the host; the pieces are pure: `vi.solvers.deterministic`, `vi.linear_response`,
     `vi.merge`, `vi.solvers.population_monte_carlo`, `vi.diagnose`, `vi.resample`. A second call

@@ -11,7 +11,9 @@ gamma_ik = (df + dim) / (df + |C_k^-1 (u_i - loc_k)|^2):
     loc_k    = sum_i w_i rho_ik gamma_ik u_i / sum_i w_i rho_ik gamma_ik
     cov_k    = sum_i w_i rho_ik gamma_ik (u_i - loc_k)(u_i - loc_k)' / weight_k
 
-It needs the log density alone, no gradient.
+A guard of fixed weight, wider than the weighted draws, reaches tails that the other components have
+not found yet (a defensive mixture: Hesterberg, 1995, Weighted average importance sampling and
+defensive mixture distributions). It needs the log density alone, no gradient.
 """
 
 from typing import Any, NamedTuple
@@ -27,7 +29,7 @@ from vi_params._tree import all_finite, where_tree
 from vi_params.guide import Guide
 from vi_params.guides import mixture
 from vi_params.guides.mixture import Components, log_terms, require_gaussian
-from vi_params.importance import Weighted, pick_draws, weigh
+from vi_params.importance import Smoothed, Weighted, pick_draws, weigh
 from vi_params.objectives.objective import resolve
 from vi_params.params import constrain, unconstrain
 from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus
@@ -41,6 +43,9 @@ SPREAD = 0.8
 
 RARE = 1e-3
 """A component of less weight than this stays where it is."""
+
+GUARD, WIDE = 0.1, 2.0
+"""The weight of the guard, and its scales in standard deviations of the weighted draws."""
 
 GOOD_K_HAT, GOOD_SHARE = 0.5, 0.5
 """The rounds end below this k-hat, with at least this share of effective draws."""
@@ -67,7 +72,7 @@ def population_monte_carlo(
         key: a typed random key.
         data: the data; the target's own where None.
         init: a Gaussian `Solution`, such as `vi.linear_response` gives, or a mixture's.
-        num_components: of the mixture.
+        num_components: of the mixture, beside the guard.
         df: the components' degrees of freedom, a whole number.
         num_draws: draws a round, at least 25.
         max_steps: how many rounds at most; they end earlier where k-hat is below 0.5 and more than
@@ -102,7 +107,7 @@ def population_monte_carlo(
         require_count(count, name, "solvers.population_monte_carlo", least=least)
     rounds = population(target, init.guide, num_components, df, num_draws)
     solve = program(_build, rounds, max_steps)
-    params, info = solve(key, init.params, resolve(target, data))
+    params, info = solve(init.params, key, resolve(target, data))
     return Solution(rounds.guide, params, info, jnp.zeros((0, 0)))
 
 
@@ -135,7 +140,7 @@ def _population(
     target: Target, start: Guide, num_components: int, df: int, num_draws: int
 ) -> Population:
     (name,) = start.declared
-    guide = mixture(target, num_components, df=df, name=name)
+    guide = mixture(target, num_components + 1, df=df, name=name)
 
     def wrap(params: Any, components: Components) -> Any:
         rest = {key: params[key] for key in params if key != name}
@@ -157,7 +162,8 @@ def _population(
             scale_tril = require_gaussian(own, "population_monte_carlo, init")[1]
             scale_trils = jnp.tile(scale_tril, (num_components, 1, 1))
         weights = jnp.full(num_components, 1 / num_components)
-        return wrap(params, Components(weights, chosen, SPREAD * scale_trils))
+        parts = Components(weights, chosen, SPREAD * scale_trils)
+        return wrap(params, guarded(parts, drawn.position, drawn.smoothed))
 
     def first(params: Any, key: jax.Array, data: Any) -> Weighted:
         return _weigh(target, start, params, start.noise(key, num_draws), data)
@@ -166,12 +172,15 @@ def _population(
         return _weigh(target, guide, params, guide.noise(key, num_draws), data)
 
     def refit(params: Any, drawn: Weighted) -> Any:
-        return wrap(params, weighted_em(unwrap(params), drawn.position, drawn.smoothed, df))
+        parts = jax.tree.map(lambda leaf: leaf[:-1], unwrap(params))
+        parts = parts._replace(weights=parts.weights / jnp.sum(parts.weights))
+        parts = weighted_em(parts, drawn.position, drawn.smoothed, df)
+        return wrap(params, guarded(parts, drawn.position, drawn.smoothed))
 
     return Population(guide, first, begin, draw, refit)
 
 
-def weighted_em(components: Components, u: jax.Array, smoothed: Any, df: int) -> Components:
+def weighted_em(components: Components, u: jax.Array, smoothed: Smoothed, df: int) -> Components:
     """Sweeps of EM on weighted draws.
 
     The covariance of a component that few draws speak for is drawn towards the one it had.
@@ -205,6 +214,25 @@ def weighted_em(components: Components, u: jax.Array, smoothed: Any, df: int) ->
 
     new = lax.fori_loop(0, SWEEPS, sweep, components)
     return where_tree(all_finite(new), new, components)
+
+
+def guarded(components: Components, u: jax.Array, smoothed: Smoothed) -> Components:
+    """The components with the guard behind them."""
+    weights = jnp.exp(smoothed.log_weights)
+    loc = weights @ u
+    covariance = (weights[:, None] * (u - loc)).T @ (u - loc)
+    # Few effective draws can lie in a plane: some of the diagonal keeps the guard wide all around.
+    covariance = 0.9 * covariance + 0.1 * jnp.diag(jnp.diagonal(covariance))
+    root = WIDE * jnp.linalg.cholesky(covariance)
+    usable = all_finite(loc, root)
+    loc, root = where_tree(
+        usable, (loc, root), (components.locs[0], WIDE * components.scale_trils[0])
+    )
+    return Components(
+        jnp.append((1 - GUARD) * components.weights, GUARD),
+        jnp.concatenate([components.locs, loc[None]]),
+        jnp.concatenate([components.scale_trils, root[None]]),
+    )
 
 
 def is_good(drawn: Weighted) -> jax.Array:

@@ -1,0 +1,173 @@
+"""One call from a target to draws and a verdict: against closed forms, quadrature and NUTS."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import pytest
+from jax.flatten_util import ravel_pytree
+from numpyro import distributions as dist
+from numpyro.distributions import constraints
+from numpyro.infer import MCMC, NUTS
+
+import vi_params as vi
+
+KEY = jax.random.key(0)
+
+
+def conjugate():
+    """Counts with a gamma prior on their rate: the posterior is Gamma(2 + sum, 1 + number)."""
+
+    def log_density(values, latents, data):
+        prior = dist.Gamma(2.0, 1.0).log_prob(latents["rate"])
+        return prior + dist.Poisson(latents["rate"]).log_prob(data).sum()
+
+    return vi.target(
+        log_density,
+        {"rate": vi.Latent((), constraints.positive)},
+        data=jnp.array([3.0, 5.0, 4.0, 7.0]),
+        deterministic=lambda values, latents, data: {"double": 2.0 * latents["rate"]},
+    )
+
+
+TARGET = conjugate()
+POSTERIOR = vi.approximate(TARGET, KEY)
+
+
+def test_draws_are_those_of_the_closed_form():
+    exact = dist.Gamma(21.0, 5.0)
+    draws = POSTERIOR.draws(jax.random.key(1), 8000)
+    assert POSTERIOR.trustworthy
+    assert POSTERIOR.resampled
+    assert set(draws) == {"rate", "double"}
+    np.testing.assert_array_equal(draws["double"], 2.0 * draws["rate"])
+    np.testing.assert_allclose(draws["rate"].mean(), exact.mean, atol=0.04)
+    np.testing.assert_allclose(draws["rate"].std(), np.sqrt(exact.variance), rtol=0.05)
+
+
+def test_it_prints_a_verdict_and_what_was_tried():
+    text = str(POSTERIOR)
+    assert text.startswith("Trust this (")
+    assert "linear response" in text
+    assert "* population Monte Carlo" in text
+    assert "log evidence" in text
+
+
+def test_a_second_call_compiles_nothing(compilations):
+    """Other data of the same shapes: every program is there."""
+    POSTERIOR.draws(KEY, 100)
+    with compilations() as seen:
+        other = vi.approximate(TARGET, jax.random.key(5), jnp.array([1.0, 2.0, 0.0, 1.0]))
+        draws = other.draws(KEY, 100)
+    assert seen == []
+    np.testing.assert_allclose(draws["rate"].mean(), 6.0 / 5.0, atol=0.25)
+
+
+def test_it_holds_few_instances_of_the_model():
+    """Tracing counts: the solver holds the model once with derivatives, the judgement once more."""
+    calls = []
+
+    def log_density(values, latents, data):
+        calls.append(None)
+        return dist.StudentT(8.0).log_prob(latents["z"]).sum()
+
+    target = vi.target(log_density, {"z": vi.Latent((2,))})
+    vi.approximate(target, KEY, polish=False)
+    # Each program traces its loops' bodies up to three times (shapes, fixed points, the program).
+    assert len(calls) <= 8
+
+
+def two_modes(values, latents, data):
+    z = latents["z"]
+    right = dist.Normal(6.0, 1.0).log_prob(z).sum()
+    left = dist.Normal(-6.0, 1.0).log_prob(z).sum()
+    return jnp.logaddexp(jnp.log(0.7) + right, jnp.log(0.3) + left)
+
+
+def test_distinct_optima_are_merged():
+    """Two far modes with 0.7 and 0.3 of the mass: what one Gaussian's weights cannot see."""
+    target = vi.target(two_modes, {"z": vi.Latent((2,))})
+    found = vi.approximate(target, jax.random.key(1), lanes=8)
+    assert "* 2 optima merged" in str(found)
+    assert found.trustworthy
+    draws = found.draws(KEY, 4000)["z"]
+    np.testing.assert_allclose((draws[:, 0] > 0).mean(), 0.7, atol=0.04)
+    np.testing.assert_allclose(draws.mean(0), 0.4 * 6.0, atol=0.4)
+
+
+def banana(values, latents, data):
+    """x ~ N(0, 1), y ~ N(x^2 / 2, 1/4): E[y] = 1/2, var y = 1/2 + 1/16."""
+    x, y = latents["z"]
+    return dist.Normal(0.0, 1.0).log_prob(x) + dist.Normal(0.5 * x**2, 0.25).log_prob(y)
+
+
+def test_a_bent_posterior_is_polished():
+    """Where linear response is flagged, the mixture is trusted and right."""
+    target = vi.target(banana, {"z": vi.Latent((2,))})
+    rough = vi.approximate(target, KEY, polish=False)
+    assert not rough.trustworthy
+    assert "Use MCMC" in rough.verdict
+    assert not rough.resampled
+    fine = vi.approximate(target, KEY)
+    assert "* population Monte Carlo" in str(fine)
+    assert fine.trustworthy
+    draws = fine.draws(KEY, 8000)["z"]
+    np.testing.assert_allclose(draws.mean(0), [0.0, 0.5], atol=0.06)
+    np.testing.assert_allclose(draws.std(0), [1.0, 0.75], rtol=0.08)
+    np.testing.assert_allclose(float(fine.diagnosis.log_evidence), 0.0, atol=0.05)
+
+
+def schools(sigma, y):
+    mu = numpyro.sample("mu", dist.Normal(0, 5))
+    tau = numpyro.sample("tau", dist.HalfNormal(5))
+    with numpyro.plate("schools", len(sigma)):
+        z = numpyro.sample("z", dist.Normal(0, 1))
+        numpyro.deterministic("theta", mu + tau * z)
+        numpyro.sample("y", dist.Normal(mu + tau * z, sigma), obs=y)
+
+
+def test_nuts_starts_from_it():
+    """numpyro's NUTS takes positions and mass matrix as they are, keeps the matrix in the order of
+    its latents, and finds the moments of the draws."""
+    y, sigma = jnp.array([28.0, 8.0, -3.0]), jnp.array([15.0, 10.0, 16.0])
+    target = vi.from_numpyro(schools, sigma, y)
+    found = vi.approximate(target, KEY)
+    start = found.nuts_start(jax.random.key(1), num_chains=2)
+    assert start.position.shape == (2, 5)
+    assert not np.any(start.position[0] == start.position[1])
+    names = tuple(start.unconstrained)
+    joined = jnp.concatenate([ravel_pytree(start.unconstrained[n][0])[0] for n in names])
+    np.testing.assert_array_equal(joined, start.position[0])
+    kernel = NUTS(
+        schools, dense_mass=[names], inverse_mass_matrix={names: start.inverse_mass_matrix}
+    )
+    mcmc = MCMC(kernel, num_warmup=300, num_samples=1500, num_chains=1, progress_bar=False)
+    first = {name: value[0] for name, value in start.unconstrained.items()}
+    mcmc.run(jax.random.key(2), sigma, y, init_params=first)
+    chain, draws = mcmc.get_samples(), found.draws(jax.random.key(3), 4000)
+    for name in ("mu", "tau", "theta"):
+        gap = np.abs(draws[name].mean(0) - chain[name].mean(0)) / chain[name].std(0)
+        assert np.all(gap < 0.25)
+
+
+def test_no_valid_start_is_an_error_that_says_where():
+    target = vi.target(lambda v, z, d: jnp.log(-1.0 - z["z"] ** 2), {"z": vi.Latent(())})
+    with pytest.raises(ValueError, match="No start has a finite log density") as error:
+        vi.approximate(target, KEY)
+    assert "vi.check" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "fragment"),
+    [
+        (lambda: vi.approximate(TARGET, 0), TypeError, "key"),
+        (lambda: vi.approximate(schools, KEY), TypeError, "vi.from_numpyro"),
+        (lambda: vi.approximate(TARGET, KEY, lanes=0), ValueError, "lanes"),
+        (lambda: POSTERIOR.draws(KEY, 0), ValueError, "num_draws"),
+        (lambda: POSTERIOR.draws(1, 10), TypeError, "key"),
+        (lambda: POSTERIOR.nuts_start(KEY, 0), ValueError, "num_chains"),
+    ],
+)
+def test_wrong_arguments_are_refused(call, kind, fragment):
+    with pytest.raises(kind, match=fragment):
+        call()

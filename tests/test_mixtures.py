@@ -1,0 +1,204 @@
+"""Mixtures: the family, population Monte Carlo, merging, resampling; against scipy and closed
+forms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpyro import distributions as dist
+from numpyro.distributions import constraints
+from scipy import stats
+
+import vi_params as vi
+from vi_params.guides.mixture import Components
+from vi_params.importance import pick_draws
+from vi_params.importance.psis import Smoothed
+from vi_params.solvers.population_monte_carlo import weighted_em
+
+KEY = jax.random.key(0)
+LOCS = np.array([[0.0, 1.0], [3.0, -2.0]])
+ROOTS = np.array([[[1.0, 0.0], [0.5, 0.7]], [[0.4, 0.0], [-0.3, 1.5]]])
+WEIGHTS = np.array([0.3, 0.7])
+TARGET = vi.target(
+    lambda v, z, d: dist.Normal(1.0, 2.0).log_prob(z["z"]).sum(), {"z": vi.Latent((2,))}
+)
+
+
+def given(guide):
+    values = {"weights": WEIGHTS, "locs": LOCS, "scale_trils": ROOTS}
+    return vi.unconstrain(guide.declared, {"guide": values})
+
+
+@pytest.mark.parametrize("df", [None, 5])
+def test_density_of_a_mixture(df):
+    """log q is that of scipy, at the guide's own draws, by transform, rescore and log_prob."""
+    guide = vi.guides.mixture(TARGET, 2, df=df)
+    params = given(guide)
+    for i in range(3):
+        draw = guide.sample(params, jax.random.key(i))
+        point = np.asarray(draw.latents["z"])
+        exact = 0.0
+        for weight, loc, root in zip(WEIGHTS, LOCS, ROOTS, strict=True):
+            shape = root @ root.T
+            part = (
+                stats.multivariate_normal(loc, shape)
+                if df is None
+                else stats.multivariate_t(loc, shape, df=df)
+            )
+            exact += weight * part.pdf(point)
+        for log_q in (
+            draw.log_prob,
+            guide.rescore(params, draw),
+            guide.log_prob(params, draw.latents),
+        ):
+            np.testing.assert_allclose(log_q, np.log(exact), rtol=1e-4)
+
+
+@pytest.mark.parametrize("df", [None, 5])
+def test_draws_of_a_mixture(df):
+    """Mean and covariance are those of the parts, within four standard errors."""
+    guide = vi.guides.mixture(TARGET, 2, df=df)
+    draws = vi.draws(TARGET, guide, given(guide), KEY, 100_000)["z"]
+    inflation = 1.0 if df is None else df / (df - 2)
+    mean = WEIGHTS @ LOCS
+    second = sum(
+        weight * (inflation * root @ root.T + np.outer(loc, loc))
+        for weight, loc, root in zip(WEIGHTS, LOCS, ROOTS, strict=True)
+    )
+    products = draws[:, :, None] * draws[:, None, :]
+    for found, exact in ((draws, mean), (products, second)):
+        error = found.std(0) / np.sqrt(len(found))
+        assert np.all(np.abs(found.mean(0) - exact) < 4 * error)
+
+
+def test_a_mixture_has_no_pathwise_gradient():
+    """The component of a draw does not change smoothly: refused where the gradient would lie."""
+    with pytest.raises(ValueError, match="not reparameterised"):
+        vi.elbo(TARGET, vi.guides.mixture(TARGET, 2))
+
+
+def test_em_on_equal_weights_raises_the_likelihood():
+    """Weighted EM with equal weights is the maximum-likelihood fit: no sweep lowers it, and from
+    near the truth it recovers the parts of a sample."""
+    guide = vi.guides.mixture(TARGET, 2, df=5)
+    u = vi.draws(TARGET, guide, given(guide), KEY, 4000)["z"]
+    zero = jnp.zeros(())
+    equal = Smoothed(jnp.full(4000, -jnp.log(4000.0)), zero, zero, zero)
+
+    def likelihood(parts):
+        params = vi.unconstrain(guide.declared, {"guide": parts._asdict()})
+        return float(jax.vmap(lambda z: guide.log_prob(params, {"z": z}))(u).mean())
+
+    parts = Components(jnp.array([0.5, 0.5]), jnp.array(LOCS + 0.5), jnp.array(ROOTS * 1.5))
+    after = jax.jit(lambda parts: weighted_em(parts, u, equal, 5))(parts)
+    assert likelihood(after) > likelihood(parts) + 0.1
+    np.testing.assert_allclose(after.weights, WEIGHTS, atol=0.05)
+    np.testing.assert_allclose(after.locs, LOCS, atol=0.2)
+    covariances = after.scale_trils @ after.scale_trils.swapaxes(1, 2)
+    np.testing.assert_allclose(covariances, ROOTS @ ROOTS.swapaxes(1, 2), atol=0.4)
+
+
+def skewed(values, latents, data):
+    """The logarithm of a Gamma(1.5) variable is skewed; its square root's, a second one, less."""
+    return dist.Gamma(1.5, 1.0).log_prob(latents["a"]) + dist.Gamma(3.0, 1.0).log_prob(latents["b"])
+
+
+SKEWED = vi.target(
+    skewed,
+    {"a": vi.Latent((), constraints.positive), "b": vi.Latent((), constraints.positive)},
+)
+
+
+def test_population_monte_carlo_follows_a_skewed_posterior():
+    """k-hat falls, the evidence is one, and resampled draws have the moments of the gammas."""
+    start = vi.solvers.deterministic(SKEWED, KEY)
+    found = vi.solvers.population_monte_carlo(SKEWED, KEY, init=start)
+    before = vi.diagnose(SKEWED, start.guide, start.params, KEY)
+    after = vi.diagnose(SKEWED, found.guide, found.params, KEY)
+    assert found.info.status == vi.SolverStatus.CONVERGED
+    assert after.k_hat < min(0.5, float(before.k_hat))
+    assert after.ess > before.ess
+    np.testing.assert_allclose(after.log_evidence, 0.0, atol=0.05)
+    draws = vi.resample(SKEWED, found.guide, found.params, KEY, 8000)
+    for name, shape in (("a", 1.5), ("b", 3.0)):
+        np.testing.assert_allclose(draws[name].mean(), shape, rtol=0.05)
+        np.testing.assert_allclose(draws[name].std(), np.sqrt(shape), rtol=0.07)
+
+
+def test_population_monte_carlo_is_pure():
+    """Under vmap over keys, each lane gives what it gives alone; a mixture is a start, too."""
+    start = vi.solvers.deterministic(SKEWED, KEY)
+
+    def solve(key):
+        return vi.solvers.population_monte_carlo(
+            SKEWED, key, init=start, num_components=2, num_draws=500, max_steps=2
+        )[1:3]
+
+    keys = jax.random.split(KEY, 2)
+    params, info = jax.vmap(solve)(keys)
+    alone, own = solve(keys[1])
+    np.testing.assert_allclose(params["guide"]["locs"][1], alone["guide"]["locs"], atol=1e-3)
+    assert info.steps[1] == own.steps
+    found = vi.solvers.population_monte_carlo(SKEWED, KEY, init=start, max_steps=1)
+    again = vi.solvers.population_monte_carlo(SKEWED, KEY, init=found, max_steps=1)
+    assert np.isfinite(float(again.info.elbo))
+
+
+def test_merging_weighs_by_evidence():
+    """Gaussians of masses 1 and 3: the merged mixture is the target, its evidence 4."""
+
+    def log_density(values, latents, data):
+        z = latents["z"]
+        parts = [
+            dist.Normal(-9.0, 1.0).log_prob(z),
+            jnp.log(3.0) + dist.Normal(9.0, 2.0).log_prob(z),
+        ]
+        return jnp.logaddexp(*parts)
+
+    target = vi.target(log_density, {"z": vi.Latent(())})
+    parts = [vi.solvers.deterministic(target, KEY, init={"z": at}, lanes=1) for at in (-8.0, 8.0)]
+    both = vi.merge(target, parts, KEY)
+    own = vi.constrain(both.guide.declared, both.params)["guide"]
+    np.testing.assert_allclose(own["weights"], [0.25, 0.75], atol=0.01)
+    np.testing.assert_allclose(both.info.lane_elbos, np.log([1.0, 3.0]), atol=0.03)
+    diagnosis = vi.diagnose(target, both.guide, both.params, KEY)
+    assert diagnosis.trustworthy
+    np.testing.assert_allclose(diagnosis.log_evidence, np.log(4.0), atol=0.02)
+
+
+def test_systematic_resampling_takes_draws_as_often_as_weighted():
+    """Each index comes floor or ceil of its expected number of times."""
+    weights = jax.random.dirichlet(KEY, jnp.ones(20))
+    index = pick_draws(jax.random.key(1), jnp.log(weights), 1000)
+    counts = np.bincount(index, minlength=20)
+    assert np.all(np.abs(counts - 1000 * np.asarray(weights)) < 1.01)
+    assert np.any(np.diff(index) < 0)  # in random order
+
+
+def test_resampling_mends_a_wide_guide():
+    guide = vi.guides.mean_field(TARGET, init={"z": jnp.zeros(2)}, init_scale=3.0)
+    params = vi.init_params(guide.declared, KEY)
+    draws = vi.resample(TARGET, guide, params, KEY, 4000)["z"]
+    np.testing.assert_allclose(draws.mean(0), np.ones(2), atol=0.15)
+    np.testing.assert_allclose(draws.std(0), 2 * np.ones(2), rtol=0.07)
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "fragment"),
+    [
+        (lambda: vi.guides.mixture(TARGET, 0), ValueError, "num_components"),
+        (lambda: vi.guides.mixture(TARGET, 2, df=0), ValueError, "df"),
+        (lambda: vi.guides.mixture(TARGET, 2, init_scale=-1.0), ValueError, "scale"),
+        (lambda: vi.merge(TARGET, [], KEY), ValueError, "nothing to merge"),
+        (lambda: vi.merge(TARGET, [TARGET], KEY), TypeError, r"solutions\[0\]"),
+        (
+            lambda: vi.solvers.population_monte_carlo(TARGET, KEY, init=TARGET),
+            TypeError,
+            "init",
+        ),
+        (lambda: vi.resample(TARGET, None, None, KEY, 10, num_proposals=2), ValueError, ">= 25"),
+    ],
+)
+def test_wrong_arguments_are_refused(call, kind, fragment):
+    with pytest.raises(kind, match=fragment):
+        call()
