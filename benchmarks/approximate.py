@@ -1,0 +1,169 @@
+"""From a model to posterior moments: `vi.approximate` against NumPyro's NUTS.
+
+    python benchmarks/approximate.py --posteriors FOLDER [--names NAME ...] [--output FILE]
+
+Every posterior of FOLDER (posteriors.py, moments.json), in float64. Each side runs in a process of
+its own: once cold, with tracing and compilation, to its draws; then with other keys, everything
+compiled, the median of three. NUTS: 4 chains, vectorised or
+sequential, whichever was the faster, 1,000 warm-up steps and 1,000 draws each. Errors are the
+largest over all parameters: of means in reference standard deviations, of log standard deviations.
+`trust` is the verdict on the first run; `right` whether errors are below 0.1 and 0.15.
+"""
+
+import argparse
+import importlib.util
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+
+REPEATS = 3
+DRAWS = 4000
+MEAN, LOG_SD = 0.1, 0.15
+
+
+def load(folder):
+    """The module of posteriors in a folder."""
+    spec = importlib.util.spec_from_file_location(
+        "posteriors", pathlib.Path(folder) / "posteriors.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["posteriors"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def errors(draws, posterior, reference):
+    """The largest errors of means and of log standard deviations."""
+    import numpy as np
+
+    mean = log_sd = 0.0
+    for name, exact in reference["mean"].items():
+        found, sd = np.asarray(draws[posterior.params[name]]), np.asarray(reference["sd"][name])
+        mean = max(mean, float(np.max(np.abs(found.mean(0) - np.asarray(exact)) / sd)))
+        log_sd = max(log_sd, float(np.max(np.abs(np.log(found.std(0) / sd)))))
+    return mean, log_sd
+
+
+def one_side(folder, name, side):
+    """What one side measures in this process, as a mapping."""
+    began = time.perf_counter()
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    posteriors = load(folder)
+    from numpyro.infer import MCMC, NUTS
+
+    import vi_params as vi
+
+    imported = time.perf_counter() - began
+    posterior = posteriors.POSTERIORS[name]
+    model, args, kwargs = posterior.make()
+    told = {}
+
+    def approximate(seed):
+        target = told.setdefault("target", vi.from_numpyro(model, *args, **kwargs))
+        found = vi.approximate(target, jax.random.key(seed))
+        told.setdefault("found", found)
+        return found.draws(jax.random.key(100 + seed), DRAWS)
+
+    def nuts(seed, method=side):
+        if "mcmc" not in told:
+            told["mcmc"] = MCMC(
+                NUTS(model),
+                num_warmup=1000,
+                num_samples=1000,
+                num_chains=4,
+                chain_method=method,
+                progress_bar=False,
+            )
+        told["mcmc"].run(jax.random.key(seed), *args, **kwargs)
+        return told["mcmc"].get_samples()
+
+    run = approximate if side == "vi" else nuts
+    began = time.perf_counter()
+    draws = jax.block_until_ready(run(0))
+    cold = time.perf_counter() - began
+    seconds = []
+    for seed in range(1, REPEATS + 1):
+        began = time.perf_counter()
+        jax.block_until_ready(run(seed))
+        seconds.append(time.perf_counter() - began)
+    mean, log_sd = errors(draws, posterior, posterior.reference())
+    result = {"imports": imported, "cold": cold, "hot": statistics.median(seconds)}
+    result |= {"mean": mean, "log sd": log_sd}
+    if side == "vi":
+        found = told["found"]
+        result |= {
+            "trust": found.trustworthy,
+            "k_hat": float(found.diagnosis.k_hat),
+            "ess": float(found.diagnosis.ess) / float(found.diagnosis.num_draws),
+            "dim": vi.flat(told["target"]).dim,
+        }
+    return result
+
+
+def measure(folder, name):
+    """One row: both sides, each in fresh processes."""
+    sides = {}
+    for side in ("vi", "vectorized", "sequential"):
+        command = [sys.executable, __file__, "--posteriors", folder, "--one", name, side]
+        out = subprocess.run(command, capture_output=True, text=True, check=False)
+        if out.returncode:
+            raise RuntimeError(f"{name}, {side}:\n{out.stderr[-3000:]}")
+        sides[side] = json.loads(out.stdout.splitlines()[-1])
+    ours = sides["vi"]
+    cold = min(sides["vectorized"]["cold"], sides["sequential"]["cold"])
+    hot = min(sides["vectorized"]["hot"], sides["sequential"]["hot"])
+    return {
+        "name": name,
+        "dim": ours["dim"],
+        "trust": ours["trust"],
+        "right": ours["mean"] < MEAN and ours["log sd"] < LOG_SD,
+        "k-hat": ours["k_hat"],
+        "mean error": ours["mean"],
+        "log sd error": ours["log sd"],
+        "cold s": ours["cold"],
+        "NUTS cold s": cold,
+        "cold ratio": ours["cold"] / cold,
+        "hot s": ours["hot"],
+        "NUTS hot s": hot,
+        "hot ratio": ours["hot"] / hot,
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--posteriors", required=True, help="a folder with posteriors.py")
+    parser.add_argument("--names", nargs="*", help="only these")
+    parser.add_argument("--output", default="approximate.json")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(one_side(options.posteriors, *options.one)))
+        return
+    rows = []
+    for name in options.names or list(load(options.posteriors).POSTERIORS):
+        rows.append(measure(options.posteriors, name))
+        pathlib.Path(options.output).write_text(json.dumps(rows, indent=1))
+        print(name, file=sys.stderr)
+    columns = list(rows[0])
+    table = [columns] + [
+        [value if isinstance(value, str) else f"{value:.3g}" for value in row.values()]
+        for row in rows
+    ]
+    widths = [max(len(row[i]) for row in table) for i in range(len(columns))]
+    for row in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+    trusted = [row for row in rows if row["trust"]]
+    print(f"trusted {len(trusted)} of {len(rows)}, ", end="")
+    print(f"of these right {sum(row['right'] for row in trusted)}; ", end="")
+    cold = statistics.median(row["cold ratio"] for row in rows)
+    hot = statistics.median(row["hot ratio"] for row in rows)
+    print(f"median ratio of seconds to NUTS: cold {cold:.3g}, compiled {hot:.3g}")
+
+
+if __name__ == "__main__":
+    main()
