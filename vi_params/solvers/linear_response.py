@@ -58,7 +58,8 @@ def linear_response(target: Target, solution: Solution, data: Any = None) -> Sol
         True
     """
     name = own_name(solution)
-    if set(solution.params[name]) != {"loc", "scale"} or len(solution.noise) % 2:
+    fixed = len(solution.noise)
+    if set(solution.params[name]) != {"loc", "scale"} or fixed == 0 or fixed % 2:
         raise ValueError(
             explain(
                 "Linear response starts from a mean-field solution at antithetic draws.",

@@ -17,6 +17,7 @@ class SolverStatus(enum.IntEnum):
     STALLED = 2
     INVALID_START = 3
     INDEFINITE = 4
+    DIVERGED = 5
 
 
 MESSAGES = {
@@ -26,8 +27,10 @@ MESSAGES = {
     "is not smooth there, or float32 is too coarse (jax_enable_x64)",
     SolverStatus.INVALID_START: "no start has a finite loss and gradient: vi.check(target, key) "
     "says why, init= gives a start",
-    SolverStatus.INDEFINITE: "the Hessian at the solution is not positive definite: the scales are "
-    "those of mean-field, without linear response",
+    SolverStatus.INDEFINITE: "the Hessian at the solution is not positive definite: the covariances "
+    "are left out, the scales are those of mean-field or of the Hessian's diagonal",
+    SolverStatus.DIVERGED: "diverged: the approximation spreads without end, or the log density is "
+    "not finite where it puts draws; the posterior may be improper",
 }
 
 
@@ -36,12 +39,13 @@ class SolverInfo(NamedTuple):
 
     Attributes:
         status: a `SolverStatus`.
-        elbo: the ELBO of the mean-field optimum at the fixed draws, in nats.
+        elbo: the ELBO at the solver's own draws, in nats; of `laplace`, its log evidence.
         steps: how many steps the best lane took.
         lane_elbos: the ELBO each lane ended at, shape (lanes,); NaN where its start was invalid.
         lane_statuses: the `SolverStatus` of each lane, shape (lanes,).
         sampling_error: the largest standard error of a location due to the draws being so few, in
             posterior standard deviations; NaN where it was not estimated.
+        details: what the solver tells besides, as its docstring says; None for most.
     """
 
     status: jax.Array
@@ -50,6 +54,7 @@ class SolverInfo(NamedTuple):
     lane_elbos: jax.Array
     lane_statuses: jax.Array
     sampling_error: jax.Array
+    details: Any = None
 
     @property
     def message(self) -> str:
@@ -67,7 +72,8 @@ class Solution(NamedTuple):
         guide: the family.
         params: the joint parameters of target and guide, unconstrained.
         info: a `SolverInfo`.
-        noise: the fixed draws behind it, shape (num_draws, dim).
+        noise: the fixed draws behind it, shape (num_draws, dim); none, num_draws = 0, where a
+            solver draws anew at every step.
         response: the `Response` at the solution, for `vi.linear_response`; None where the Hessian
             would be large, and for other solvers.
     """
