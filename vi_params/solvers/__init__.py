@@ -1,6 +1,7 @@
 """Solvers: approximations found otherwise than by stochastic gradient steps."""
 
 from vi_params.solvers.deterministic import deterministic
+from vi_params.solvers.laplace import laplace
 from vi_params.solvers.linear_response import linear_response
 from vi_params.solvers.merge import merge
 from vi_params.solvers.population_monte_carlo import population_monte_carlo
@@ -11,6 +12,7 @@ __all__ = [
     "SolverInfo",
     "SolverStatus",
     "deterministic",
+    "laplace",
     "linear_response",
     "merge",
     "population_monte_carlo",

@@ -27,10 +27,10 @@ MESSAGES = {
     "is not smooth there, or float32 is too coarse (jax_enable_x64)",
     SolverStatus.INVALID_START: "no start has a finite loss and gradient: vi.check(target, key) "
     "says why, init= gives a start",
-    SolverStatus.INDEFINITE: "the Hessian at the solution is not positive definite: the covariances "
-    "are left out, the scales are those of mean-field or of the Hessian's diagonal",
+    SolverStatus.INDEFINITE: "the Hessian at the solution is not positive definite: the scales are "
+    "those of mean-field or of the Hessian's diagonal, without covariances",
     SolverStatus.DIVERGED: "diverged: the approximation spreads without end, or the log density is "
-    "not finite where it puts draws; the posterior may be improper",
+    "not finite at its draws; the posterior may be improper",
 }
 
 

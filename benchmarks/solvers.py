@@ -1,0 +1,90 @@
+"""Every solver on reference posteriors: how far its moments are off, k-hat, and how long it takes.
+
+    python benchmarks/solvers.py [--solvers laplace batch_and_match ...] [--only NAME ...]
+
+The posteriors are looked for in the folder `--posteriors` (a `posteriors.py` with `POSTERIORS`).
+Errors are the largest over all parameters: |mean - reference| / sd, and |log(sd / reference sd)|,
+of 10,000 draws of the guide. Times are of the second call, compiled, and of the first, in seconds.
+"""
+
+import argparse
+import importlib.util
+import pathlib
+import sys
+import time
+
+import jax
+import numpy as np
+
+import vi_params as vi
+
+FOLDER = pathlib.Path(__file__).resolve().parents[2] / "shared" / "posteriors"
+
+
+def _deterministic(target, key):
+    return vi.linear_response(target, vi.solvers.deterministic(target, key))
+
+
+SOLVERS = {
+    "linear_response": _deterministic,
+    "laplace": lambda target, key: vi.solvers.laplace(target, key),
+}
+
+
+def posteriors(folder):
+    spec = importlib.util.spec_from_file_location("posteriors", folder / "posteriors.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["posteriors"] = module
+    spec.loader.exec_module(module)
+    return module.POSTERIORS
+
+
+def errors(posterior, draws):
+    """The largest error of a mean and of a log standard deviation."""
+    reference = posterior.reference()
+    mean_error, sd_error = 0.0, 0.0
+    for parameter, site in posterior.params.items():
+        mean, sd = (np.asarray(reference[what][parameter]) for what in ("mean", "sd"))
+        found = np.asarray(draws[site]).reshape(-1, *mean.shape)
+        mean_error = max(mean_error, float(np.max(np.abs(found.mean(0) - mean) / sd)))
+        sd_error = max(sd_error, float(np.max(np.abs(np.log(found.std(0) / sd)))))
+    return mean_error, sd_error
+
+
+def timed(solve, target, seed):
+    start = time.perf_counter()
+    solution = jax.block_until_ready(solve(target, jax.random.key(seed)))
+    return solution, time.perf_counter() - start
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--solvers", nargs="+", default=list(SOLVERS), choices=list(SOLVERS))
+    parser.add_argument("--only", nargs="+", default=None)
+    parser.add_argument("--posteriors", type=pathlib.Path, default=FOLDER)
+    options = parser.parse_args()
+    jax.config.update("jax_enable_x64", True)
+    print("posterior | solver | mean error | log-sd error | k-hat | run s | first s | status")
+    for name, posterior in posteriors(options.posteriors).items():
+        if options.only and name not in options.only:
+            continue
+        model, args, kwargs = posterior.make()
+        target = vi.from_numpyro(model, *args, **kwargs)
+        for solver in options.solvers:
+            solve = SOLVERS[solver]
+            _, first = timed(solve, target, 0)
+            solution, again = timed(solve, target, 1)
+            key = jax.random.key(2)
+            found = vi.diagnose(target, solution.guide, solution.params, key)
+            draws = vi.draws(target, solution.guide, solution.params, key, 10_000)
+            mean, sd = errors(posterior, draws)
+            print(
+                f"{name} | {solver} | {mean:.3f} | {sd:.3f} | {float(found.k_hat):.2f} | "
+                f"{again:.3f} | {first:.1f} | {vi.SolverStatus(int(solution.info.status)).name} "
+                f"{int(solution.info.steps)}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""Where solvers start: data checked, points of finite density, Gaussians given by the caller."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from vi_params._check import explain, require_instance, require_names
+from vi_params._tree import all_finite, is_traced, pick, strong
+from vi_params.objectives.objective import require_structure
+from vi_params.params import constrain
+from vi_params.solvers.solution import Solution
+from vi_params.target import Target, flat
+
+TRIES = 100
+"""How many starts are drawn until one has a finite density and gradient."""
+
+
+class Given(NamedTuple):
+    """A Gaussian in unconstrained coordinates, and the parameters of the model beside it.
+
+    Attributes:
+        loc: shape (dim,).
+        scale_tril: a lower triangle whose square is the covariance, shape (dim, dim).
+        model: the target's own parameters, unconstrained; empty where it has none.
+    """
+
+    loc: jax.Array
+    scale_tril: jax.Array
+    model: Any
+
+
+def data_of(target: Target, data: Any) -> Any:
+    """The data to use: those given, checked and as strongly typed arrays, or the target's own."""
+    require_instance(target, Target, "vi.target or vi.from_numpyro", "target")
+    if data is None:
+        return target.data
+    structure = jax.tree.structure(target.data)
+    if structure.num_leaves:
+        require_structure(structure, data)
+    return jax.tree.map(strong, data)
+
+
+def log_density(target: Target) -> Callable[[jax.Array, Any, Any], jax.Array]:
+    """`(u, model, data) -> log p` over the flat unconstrained vector, the Jacobian included.
+
+    `model` are the target's own parameters, unconstrained.
+    """
+    flat_target = flat(target)
+
+    def density(u: jax.Array, model: Any, data: Any) -> jax.Array:
+        return flat_target.log_density(u, constrain(target.declared, model), data)
+
+    return density
+
+
+def first_finite(
+    density: Callable[[Any], jax.Array], start: Callable[[jax.Array], Any], key: jax.Array
+) -> Any:
+    """The first of `start(key_i)` with a finite density and gradient; the last where none has."""
+
+    def attempt(carry: tuple) -> tuple:
+        tries, _, _ = carry
+        x = start(jax.random.fold_in(key, tries))
+        value, gradient = jax.value_and_grad(density)(x)
+        return tries + 1, x, all_finite(value, gradient)
+
+    shapes = jax.eval_shape(start, key)
+    blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return lax.while_loop(
+        lambda carry: (carry[0] < TRIES) & ~carry[2],
+        attempt,
+        (jnp.int32(0), blank, jnp.bool_(False)),
+    )[1]
+
+
+def is_gaussian(init: Any) -> bool:
+    """Whether `init` gives a Gaussian to start from, rather than a point or a strategy."""
+    return isinstance(init, Solution) or (isinstance(init, Mapping) and "loc" in init)
+
+
+def given_gaussian(target: Target, init: Any, where: str) -> Given:
+    """The Gaussian of a `Solution`, or of a mapping with `loc` and `scale` or `scale_tril`.
+
+    Raises:
+        KeyError: the mapping has other names.
+        TypeError: a solution holds no Gaussian.
+        ValueError: the shapes are not those of the target, or the target has parameters of its own
+            and no solution brings them.
+    """
+    model = {}
+    if isinstance(init, Solution):
+        names = [name for name in init.guide.declared if name in init.params]
+        values = constrain(init.guide.declared, pick(init.params, names))
+        own = next((value for value in values.values() if isinstance(value, Mapping)), {})
+        if "loc" not in own:
+            raise TypeError(
+                explain(
+                    "The solution to start from holds no Gaussian.",
+                    expected="a solution with a guide of vi.guides: mean_field, full_rank, "
+                    "low_rank",
+                    received=f"parameters {sorted(names)}",
+                    where=where,
+                )
+            )
+        model = pick(init.params, [name for name in target.declared if name in init.params])
+    else:
+        own = {name: jnp.asarray(value, float) for name, value in init.items()}
+    scale = {"scale_tril"} if "scale_tril" in own else {"scale"}
+    known = {"loc"} | scale | ({"factor"} if scale == {"scale"} and "factor" in own else set())
+    require_names(sorted(own), sorted(known), what="parameters of a Gaussian", where=where)
+    require_model(target, model, where)
+    given = Given(own["loc"], _triangle(own), model)
+    dim = flat(target).dim
+    shapes = (jnp.shape(given.loc), jnp.shape(given.scale_tril))
+    if shapes != ((dim,), (dim, dim)):
+        raise ValueError(
+            explain(
+                "The Gaussian to start from has the wrong shape.",
+                expected=f"loc ({dim},) and scale ({dim},) or scale_tril ({dim}, {dim})",
+                received=f"loc {shapes[0]}, a triangle {shapes[1]}",
+                where=where,
+                hint="over the unconstrained vector of vi.flat(target)",
+            )
+        )
+    if not is_traced(given) and not bool(_usable(given)):
+        raise ValueError(
+            explain(
+                "The Gaussian to start from is not one.",
+                expected="finite numbers, positive scales",
+                received="a scale that is not positive, or a number that is not finite",
+                where=where,
+            )
+        )
+    return given
+
+
+def require_model(target: Target, model: Any, where: str) -> None:
+    """Raises unless `model` holds all the target's own parameters: the solver keeps them fixed."""
+    if set(model) != set(target.declared):
+        missing = sorted(set(target.declared) - set(model))
+        raise ValueError(
+            explain(
+                "The target has parameters of its own, which this solver keeps fixed.",
+                expected=f"init=, a Solution that brings {missing}",
+                received="no values for them",
+                where=where,
+                hint="init=vi.solvers.laplace(target, key) estimates them",
+            )
+        )
+
+
+def _triangle(own: Any) -> jax.Array:
+    if "scale_tril" in own:
+        return own["scale_tril"]
+    scale = own["scale"]
+    if "factor" not in own:
+        return jnp.diag(scale)
+    factor = scale[:, None] * own["factor"]
+    return jnp.linalg.cholesky(jnp.diag(scale**2) + factor @ factor.T)
+
+
+def _usable(given: Given) -> jax.Array:
+    diagonal = jnp.diagonal(given.scale_tril)
+    return all_finite(given.loc, given.scale_tril) & jnp.all(diagonal > 0)
