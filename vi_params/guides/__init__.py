@@ -2,6 +2,13 @@
 
 from vi_params.guides.delta import delta
 from vi_params.guides.gaussian import full_rank, mean_field
+from vi_params.guides.low_rank import low_rank
 from vi_params.guides.mixture import mixture
 
-__all__ = ["delta", "full_rank", "mean_field", "mixture"]
+__all__ = [
+    "delta",
+    "full_rank",
+    "low_rank",
+    "mean_field",
+    "mixture",
+]

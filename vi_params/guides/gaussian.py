@@ -25,7 +25,7 @@ from vi_params.params.declare import Declared
 from vi_params.target import Target, flat
 
 
-class _Scale(NamedTuple):
+class Scale(NamedTuple):
     """The linear map C of a Gaussian: its action, its inverse's, and its log-determinant."""
 
     times: Callable[[Any, jax.Array], jax.Array]
@@ -33,13 +33,13 @@ class _Scale(NamedTuple):
     log_det: Callable[[Any], jax.Array]
 
 
-_DIAGONAL = _Scale(
+_DIAGONAL = Scale(
     times=lambda own, e: own["scale"] * e,
     solve=lambda own, x: x / own["scale"],
     log_det=lambda own: jnp.sum(jnp.log(own["scale"])),
 )
 
-_TRIANGULAR = _Scale(
+_TRIANGULAR = Scale(
     times=lambda own, e: own["scale_tril"] @ e,
     solve=lambda own, x: jax.scipy.linalg.solve_triangular(own["scale_tril"], x, lower=True),
     log_det=lambda own: jnp.sum(jnp.log(jnp.diagonal(own["scale_tril"]))),
@@ -83,7 +83,7 @@ def mean_field(
             "scale": Param(scale, constraint=constraints.positive),
         }
     }
-    return _gaussian(target, declared, name, _DIAGONAL)
+    return location_scale(target, declared, name, _DIAGONAL)
 
 
 def full_rank(
@@ -122,10 +122,11 @@ def full_rank(
             "scale_tril": Param(scale_tril, constraint=constraints.scaled_unit_lower_cholesky),
         }
     }
-    return _gaussian(target, declared, name, _TRIANGULAR)
+    return location_scale(target, declared, name, _TRIANGULAR)
 
 
-def _gaussian(target: Target, declared: Declared, name: str, scale: _Scale) -> Guide:
+def location_scale(target: Target, declared: Declared, name: str, scale: Scale) -> Guide:
+    """The Gaussian family of a location, `own["loc"]`, and a linear map."""
     flat_target = flat(target)
     dim = flat_target.dim
     log_normaliser = 0.5 * dim * math.log(2 * math.pi)
