@@ -9,6 +9,7 @@ of 10,000 draws of the guide. Times are of the second call, compiled, and of the
 
 import argparse
 import importlib.util
+import math
 import pathlib
 import sys
 import time
@@ -25,8 +26,18 @@ def _deterministic(target, key):
     return vi.linear_response(target, vi.solvers.deterministic(target, key))
 
 
+def _polished(target, key):
+    return vi.solvers.batch_and_match(target, key, init=_deterministic(target, key))
+
+
 SOLVERS = {
     "linear_response": _deterministic,
+    "batch_and_match": lambda target, key: vi.solvers.batch_and_match(target, key),
+    "polished": _polished,
+    "low_rank": lambda target, key: vi.solvers.batch_and_match(
+        target, key, rank=max(1, math.isqrt(vi.flat(target).dim))
+    ),
+    "score_matching": lambda target, key: vi.solvers.score_matching(target, key),
     "laplace": lambda target, key: vi.solvers.laplace(target, key),
 }
 

@@ -1,5 +1,6 @@
 """Solvers: approximations found otherwise than by stochastic gradient steps."""
 
+from vi_params.solvers.batch_and_match import batch_and_match, score_matching
 from vi_params.solvers.deterministic import deterministic
 from vi_params.solvers.laplace import laplace
 from vi_params.solvers.linear_response import linear_response
@@ -11,9 +12,11 @@ __all__ = [
     "Solution",
     "SolverInfo",
     "SolverStatus",
+    "batch_and_match",
     "deterministic",
     "laplace",
     "linear_response",
     "merge",
     "population_monte_carlo",
+    "score_matching",
 ]
