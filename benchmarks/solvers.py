@@ -38,6 +38,8 @@ SOLVERS = {
         target, key, rank=max(1, math.isqrt(vi.flat(target).dim))
     ),
     "score_matching": lambda target, key: vi.solvers.score_matching(target, key),
+    "pathfinder": lambda target, key: vi.solvers.pathfinder(target, key),
+    "natural_gradient": lambda target, key: vi.solvers.natural_gradient(target, key),
     "laplace": lambda target, key: vi.solvers.laplace(target, key),
 }
 

@@ -166,10 +166,10 @@ def test_the_patch_is_the_dense_step_projected():
         e, h = jax.random.normal(KEY, (2, 6, 3))
         scale, factor = jnp.array([1.0, 10.0, 0.1]), jax.random.normal(KEY, (3, 3))
         q = LowRank(jnp.zeros(3), scale, factor)
-        c = jax.vmap(lambda e: low_rank_rule().push(q, e))(jnp.eye(3)).T
+        c = jax.vmap(lambda e: low_rank_rule(3, 3).push(q, e))(jnp.eye(3)).T
         g = h / scale
         mean, covariance = match(e, g @ c, jnp.float64(1.0))
-        new = low_rank_rule().update(q, e, g, jnp.float64(1.0))
+        new = low_rank_rule(3, 3).update(q, e, g, jnp.float64(1.0))
         np.testing.assert_allclose(new.loc / scale, c @ mean / scale, atol=1e-9)
         wide = new.scale[:, None] * new.factor
         found = wide @ wide.T + jnp.diag(new.scale**2)

@@ -5,6 +5,8 @@ from vi_params.solvers.deterministic import deterministic
 from vi_params.solvers.laplace import laplace
 from vi_params.solvers.linear_response import linear_response
 from vi_params.solvers.merge import merge
+from vi_params.solvers.natural_gradient import natural_gradient
+from vi_params.solvers.pathfinder import pathfinder
 from vi_params.solvers.population_monte_carlo import population_monte_carlo
 from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus
 
@@ -17,6 +19,8 @@ __all__ = [
     "laplace",
     "linear_response",
     "merge",
+    "natural_gradient",
+    "pathfinder",
     "population_monte_carlo",
     "score_matching",
 ]

@@ -1,44 +1,16 @@
 """Batch and match: Gaussians whose scores agree with the target's, without a learning rate."""
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from vi_params._cache import program
-from vi_params._check import explain, require_count, require_key
-from vi_params.guide import Guide
 from vi_params.guides import full_rank, low_rank
 from vi_params.guides.low_rank import checked_rank
-from vi_params.guides.starts import start_vector
-from vi_params.params import unconstrain
-from vi_params.solvers.laplace import curvature
-from vi_params.solvers.score_loop import Matching, match_scores
-from vi_params.solvers.score_updates import (
-    Dense,
-    LowRank,
-    dense_rule,
-    factor_analysis,
-    low_rank_rule,
-    match,
-    score_match,
-)
-from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus
-from vi_params.solvers.start import (
-    Given,
-    data_of,
-    first_finite,
-    given_gaussian,
-    is_gaussian,
-    log_density,
-    require_model,
-)
-from vi_params.solvers.trust_region import minimise
+from vi_params.solvers.score_solver import Form, projected, solve_scores
+from vi_params.solvers.score_updates import dense_rule, low_rank_rule, score_match
+from vi_params.solvers.solution import Solution
 from vi_params.target import Target, flat
-
-FIRST_STEPS = 30
-"""How many Newton steps lead from a point to the first Gaussian."""
 
 
 def batch_and_match(
@@ -101,9 +73,16 @@ def batch_and_match(
         True
     """
     where = "solvers.batch_and_match"
-    if rank is not None:
-        rank = checked_rank(rank, flat(target).dim, where)
-    return _solve(target, key, data, rank, match, batch, init, tolerance, max_steps, name, where)
+    dim = flat(target).dim
+    if rank is None:
+        form = Form(full_rank, dense_rule(dim), lambda q, key: q)
+    else:
+        rank = checked_rank(rank, dim, where)
+        form = Form(
+            partial(low_rank, rank=rank), low_rank_rule(dim, rank), partial(projected, rank)
+        )
+        batch = 64 if batch is None else batch
+    return solve_scores(target, key, data, form, batch, init, tolerance, max_steps, name, where)
 
 
 def score_matching(
@@ -151,122 +130,6 @@ def score_matching(
         >>> bool(jnp.allclose(solution.params["guide"]["loc"], 3.0, atol=0.05))
         True
     """
+    form = Form(full_rank, dense_rule(flat(target).dim, score_match), lambda q, key: q)
     where = "solvers.score_matching"
-    return _solve(
-        target, key, data, None, score_match, batch, init, tolerance, max_steps, name, where
-    )
-
-
-def _solve(
-    target: Target,
-    key: jax.Array,
-    data: Any,
-    rank: int | None,
-    step: Callable,
-    batch: int | None,
-    init: Any,
-    tolerance: float,
-    max_steps: int,
-    name: str,
-    where: str,
-) -> Solution:
-    data = data_of(target, data)
-    require_key(key, where)
-    dim = flat(target).dim
-    if batch is None:
-        batch = 64 if rank is not None else max(64, min(2 * dim, 512))
-    require_count(batch, "batch", where, least=2)
-    require_count(max_steps, "max_steps", where)
-    if not tolerance > 0:
-        raise ValueError(
-            explain(
-                "The tolerance is a standard error to reach.",
-                expected="tolerance > 0",
-                received=repr(tolerance),
-                where=where,
-            )
-        )
-    given = None
-    if is_gaussian(init):
-        given, init = given_gaussian(target, init, where), None
-    else:
-        require_model(target, {}, where)
-    guide, solve = program(
-        _build, target, rank, step, batch, tolerance, max_steps, name, alike=(init,)
-    )
-    params, info = solve(key, given, data)
-    return Solution(guide, params, info, jnp.zeros((0, dim)))
-
-
-def _build(
-    target: Target,
-    rank: int | None,
-    step: Callable,
-    batch: int,
-    tolerance: float,
-    max_steps: int,
-    name: str,
-    init: Any,
-) -> tuple[Guide, Callable]:
-    if rank is None:
-        guide, rule = full_rank(target, init=init, name=name), dense_rule(step)
-    else:
-        guide, rule = low_rank(target, rank=rank, init=init, name=name), low_rank_rule()
-    density, begin = log_density(target), start_vector(target, init)
-
-    def first_gaussian(key: jax.Array, data: Any) -> Given:
-        """A few Newton steps from a point, and the curvature there."""
-
-        def loss(u: jax.Array) -> jax.Array:
-            return -density(u, {}, data)
-
-        u = first_finite(lambda u: -loss(u), begin, key)
-        found = minimise(
-            loss, u, lambda u: curvature(loss, u).unit, tolerance=0.1, max_steps=FIRST_STEPS
-        )
-        return Given(found.x, curvature(loss, found.x).scale_tril, {})
-
-    @jax.jit
-    def solve(key: jax.Array, given: Given | None, data: Any) -> tuple[Any, SolverInfo]:
-        of_start, of_factor, of_draws = jax.random.split(key, 3)
-        first = first_gaussian(of_start, data) if given is None else given
-        q = Dense(first.loc, first.scale_tril)
-        q = q if rank is None else _projected(q, rank, of_factor)
-        end = match_scores(
-            rule,
-            lambda u: density(u, first.model, data),
-            q,
-            of_draws,
-            batch=batch,
-            tolerance=tolerance,
-            max_steps=max_steps,
-        )
-        own = unconstrain(guide.declared, {name: end.current._asdict()})
-        known = end.status != SolverStatus.INVALID_START
-        info = SolverInfo(
-            status=end.status,
-            elbo=end.elbo,
-            steps=end.steps,
-            lane_elbos=jnp.where(known, end.elbo, jnp.nan)[None],
-            lane_statuses=end.status[None],
-            sampling_error=jnp.max(jnp.sqrt(end.variance[0])),
-            details=Matching(end.residual, end.steps * batch, end.refused[1]),
-        )
-        return {**first.model, **own}, info
-
-    return guide, solve
-
-
-def _projected(q: Dense, rank: int, key: jax.Array) -> LowRank:
-    """The low-rank normal nearest to a dense one."""
-    deviation = jnp.sqrt(jnp.sum(q.scale_tril**2, axis=1))
-    correlated = q.scale_tril / deviation[:, None]
-    factor = 0.1 * jax.random.normal(key, (q.loc.shape[0], rank), q.loc.dtype)
-    factor, psi = factor_analysis(
-        lambda y: correlated @ (correlated.T @ y),
-        jnp.ones_like(q.loc),
-        factor,
-        jnp.ones_like(q.loc),
-    )
-    scale = jnp.sqrt(psi)
-    return LowRank(q.loc, deviation * scale, factor / scale[:, None])
+    return solve_scores(target, key, data, form, batch, init, tolerance, max_steps, name, where)

@@ -30,6 +30,15 @@ WORSE = 4.0
 PATIENCE = 8
 """After how many steps without lower residuals the search ends."""
 
+CONTRADICTION = 0.25
+"""From how many on a batch sends the averaging back to the search."""
+
+AGREEMENT = 0.1
+"""By how many standard deviations beyond its noise the last batch may disagree at the end."""
+
+EXCESS = 0.05
+"""How many nats of divergence the noise of the averaged covariance may cost."""
+
 REFUSALS = 20
 """After how many refused steps in a row the loop gives up."""
 
@@ -69,6 +78,7 @@ class Loop(NamedTuple):
         share: the w of the step to `pending`.
         averaged: how many steps are averaged; 0 in the search.
         variance: s^2 of locations and log scales, in standard deviations, shape (2, dim).
+        excess: the divergence that the noise of the averaged covariance costs, in nats.
         refused: how many steps were undone; in a row, and in all.
         steps: how many batches were drawn.
         status: a `SolverStatus`; -1 while running.
@@ -88,6 +98,7 @@ class Loop(NamedTuple):
     share: jax.Array
     averaged: jax.Array
     variance: jax.Array
+    excess: jax.Array
     refused: jax.Array
     steps: jax.Array
     status: jax.Array
@@ -134,20 +145,22 @@ def match_scores(
         # What the batch says of locations and log scales, in standard deviations.
         deviation = rule.deviation(q)
         moved = jax.vmap(rule.push, (None, 0))(q, r) / deviation
-        said = jnp.stack([moved, 0.5 * r * e], axis=1)
+        said = jnp.stack([moved, rule.wider(e, r)], axis=1)
         spread = jnp.var(said, axis=0) / batch
         share = jnp.where(began, loop.share, 1.0)
         variance = (1 - share) ** 2 * loop.variance + share**2 * spread
-        off = jnp.abs(jnp.mean(said, axis=0)) - 4 * jnp.sqrt(spread)
+        excess = (1 - share) ** 2 * loop.excess + share**2 * 0.25 * rule.freedom * residual / batch
+        off = jnp.max(jnp.abs(jnp.mean(said, axis=0)) - 4 * jnp.sqrt(spread))
 
         level = jnp.where(began, 0.7 * loop.level + 0.3 * jnp.log(typical), jnp.log(typical))
         lower = level < loop.lowest - 0.05
-        waited = jnp.where(lower, 0, loop.waited + 1)
-        averaged = jnp.where(
-            loop.averaged > 0, loop.averaged + 1, jnp.where(waited >= PATIENCE, 1, 0)
-        )
+        again = (loop.averaged > 0) & (off > CONTRADICTION)
+        waited = jnp.where(lower | again, 0, loop.waited + 1)
+        averages = (loop.averaged > 0) | (waited >= PATIENCE)
+        averaged = jnp.where(averages & ~again, loop.averaged + 1, 0)
         exact = jnp.max(squares) < tolerance**2
-        enough = (jnp.max(jnp.sqrt(variance)) < tolerance) & (jnp.max(off) < tolerance)
+        precise = (jnp.max(jnp.sqrt(variance)) < tolerance) & (excess < EXCESS)
+        enough = precise & (averaged > 5) & (off < max(tolerance, AGREEMENT))
         scales = deviation / first
         away = ~jnp.all(jnp.isfinite(scales) & (scales < LIMIT) & (scales > 1 / LIMIT))
         new = Loop(
@@ -161,16 +174,17 @@ def match_scores(
             residual=residual,
             typical=typical,
             level=level,
-            lowest=jnp.where(lower, level, loop.lowest),
+            lowest=jnp.where(lower | again, level, loop.lowest),
             waited=waited,
             weight=jnp.minimum(2 * loop.weight, largest),
             share=share,
             averaged=averaged,
             variance=variance,
+            excess=excess,
             refused=loop.refused.at[0].set(0),
             steps=loop.steps + 1,
             status=jnp.where(
-                exact | ((averaged > 5) & enough),
+                exact | enough,
                 SolverStatus.CONVERGED,
                 jnp.where(away, SolverStatus.DIVERGED, -1),
             ).astype(jnp.int32),
@@ -213,6 +227,7 @@ def match_scores(
             share=jnp.ones((), dtype),
             averaged=jnp.int32(0),
             variance=jnp.zeros((2, dim), dtype),
+            excess=jnp.zeros((), dtype),
             refused=jnp.zeros(2, jnp.int32),
             steps=jnp.int32(0),
             status=jnp.int32(-1),

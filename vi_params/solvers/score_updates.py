@@ -54,6 +54,8 @@ class Rule(NamedTuple):
         deviation: `q -> sqrt(diag Cov)`.
         log_det: `q -> log |det C|`.
         shrunk: `q -> q` with its scales a third as large.
+        wider: `(e, r) -> shift` of the log scales that a draw with residual r asks for, (dim,).
+        freedom: how many numbers the covariance has.
         update: `(q, e, g, weight) -> q`, for e and g of shape (batch, dim); weight > 0 is lambda.
     """
 
@@ -63,6 +65,8 @@ class Rule(NamedTuple):
     deviation: Callable[[Any], jax.Array]
     log_det: Callable[[Any], jax.Array]
     shrunk: Callable[[Any], Any]
+    wider: Callable[[jax.Array, jax.Array], jax.Array]
+    freedom: int
     update: Callable[[Any, jax.Array, jax.Array, jax.Array], Any]
 
 
@@ -146,8 +150,14 @@ def score_match(e: jax.Array, h: jax.Array, weight: jax.Array) -> tuple[jax.Arra
     return share * steps.mean(0), jnp.eye(e.shape[1], dtype=e.dtype) + share * changes.mean(0)
 
 
-def dense_rule(step: Callable[..., tuple[jax.Array, jax.Array]] = match) -> Rule:
-    """Dense covariances, updated by `match` or `score_match`."""
+def matched_scale(e: jax.Array, r: jax.Array) -> jax.Array:
+    """The shift of log scales that matched scores ask for: (e^2 - h^2) / 4 with h = r - e, which is
+    zero on average where draws and scores have the same variance."""
+    return 0.25 * r * (2 * e - r)
+
+
+def dense_rule(dim: int, step: Callable[..., tuple[jax.Array, jax.Array]] = match) -> Rule:
+    """Dense covariances, updated by `match`, `score_match` or a natural gradient."""
 
     def update(q: Dense, e: jax.Array, g: jax.Array, weight: jax.Array) -> Dense:
         mean, covariance = step(e, g @ q.scale_tril, weight)
@@ -161,11 +171,13 @@ def dense_rule(step: Callable[..., tuple[jax.Array, jax.Array]] = match) -> Rule
         deviation=lambda q: jnp.sqrt(jnp.sum(q.scale_tril**2, axis=1)),
         log_det=lambda q: jnp.sum(jnp.log(jnp.diagonal(q.scale_tril))),
         shrunk=lambda q: q._replace(scale_tril=q.scale_tril / 3),
+        wider=matched_scale,
+        freedom=dim**2,
         update=update,
     )
 
 
-def low_rank_rule() -> Rule:
+def low_rank_rule(dim: int, rank: int) -> Rule:
     """Low rank plus diagonal: the matched covariance is never formed, and projected by factor
     analysis at every step.
 
@@ -202,6 +214,8 @@ def low_rank_rule() -> Rule:
         deviation=lambda q: q.scale * jnp.sqrt(1 + jnp.sum(q.factor**2, axis=1)),
         log_det=lambda q: jnp.sum(jnp.log(q.scale)) + root(q.factor).log_det(),
         shrunk=lambda q: q._replace(scale=q.scale / 3),
+        wider=matched_scale,
+        freedom=dim * (rank + 1),
         update=update,
     )
 

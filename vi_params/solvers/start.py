@@ -165,3 +165,14 @@ def _triangle(own: Any) -> jax.Array:
 def _usable(given: Given) -> jax.Array:
     diagonal = jnp.diagonal(given.scale_tril)
     return all_finite(given.loc, given.scale_tril) & jnp.all(diagonal > 0)
+
+
+def model_from(target: Target, init: Any, where: str) -> tuple[Any, Any]:
+    """The target's own parameters out of a `Solution`, and what else `init` says of the start."""
+    if isinstance(init, Solution):
+        model = pick(init.params, [name for name in target.declared if name in init.params])
+        init = None
+    else:
+        model = {}
+    require_model(target, model, where)
+    return model, init

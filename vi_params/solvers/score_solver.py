@@ -1,0 +1,180 @@
+"""From a target to a Gaussian by its scores: what such solvers have in common."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from vi_params._cache import program
+from vi_params._check import explain, require_count, require_key
+from vi_params.guide import Guide
+from vi_params.guides.starts import start_vector
+from vi_params.params import unconstrain
+from vi_params.solvers.laplace import RADII, curvature, curvature_units
+from vi_params.solvers.score_loop import Matching, match_scores
+from vi_params.solvers.score_updates import Dense, LowRank, Rule, factor_analysis
+from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus
+from vi_params.solvers.start import (
+    Given,
+    data_of,
+    first_finite,
+    given_gaussian,
+    is_gaussian,
+    log_density,
+    require_model,
+)
+from vi_params.solvers.trust_region import minimise
+from vi_params.target import Target, flat
+
+FIRST_STEPS = 100
+"""How many Newton steps lead from a point to the first Gaussian at most."""
+
+
+class Form(NamedTuple):
+    """The form of the Gaussian that is looked for.
+
+    Attributes:
+        family: `(target, init=, name=) -> Guide`, one of `vi.guides`.
+        rule: how it is drawn from and updated; its fields are those of the family's parameters.
+        start: `(dense normal, key) -> q`, the Gaussian of that form to start from.
+    """
+
+    family: Callable[..., Guide]
+    rule: Rule
+    start: Callable[[Dense, jax.Array], Any]
+
+
+def solve_scores(
+    target: Target,
+    key: jax.Array,
+    data: Any,
+    form: Form,
+    batch: int | None,
+    init: Any,
+    tolerance: float,
+    max_steps: int,
+    name: str,
+    where: str,
+) -> Solution:
+    """The solution by `match_scores`, its arguments checked."""
+    data = data_of(target, data)
+    require_key(key, where)
+    dim = flat(target).dim
+    if batch is None:
+        batch = max(64, min(2 * dim, 512))
+    require_count(batch, "batch", where, least=2)
+    require_count(max_steps, "max_steps", where)
+    if not tolerance > 0:
+        raise ValueError(
+            explain(
+                "The tolerance is a standard error to reach.",
+                expected="tolerance > 0",
+                received=repr(tolerance),
+                where=where,
+            )
+        )
+    given, init = first_given(target, init, where)
+    guide, solve = program(_build, target, batch, tolerance, max_steps, name, alike=(form, init))
+    params, info = solve(key, given, data)
+    return Solution(guide, params, info, jnp.zeros((0, dim)))
+
+
+def first_given(target: Target, init: Any, where: str) -> tuple[Given | None, Any]:
+    """The Gaussian that `init` gives, if it does, and what it says of a point otherwise."""
+    if is_gaussian(init):
+        return given_gaussian(target, init, where), None
+    require_model(target, {}, where)
+    return None, init
+
+
+def _build(
+    target: Target,
+    batch: int,
+    tolerance: float,
+    max_steps: int,
+    name: str,
+    form: Form,
+    init: Any,
+) -> tuple[Guide, Callable]:
+    guide = form.family(target, init=init, name=name)
+    density, first_gaussian = log_density(target), gaussian_start(target, init)
+
+    @jax.jit
+    def solve(key: jax.Array, given: Given | None, data: Any) -> tuple[Any, SolverInfo]:
+        of_start, of_form, of_draws = jax.random.split(key, 3)
+        first = first_gaussian(of_start, data) if given is None else given
+        end = match_scores(
+            form.rule,
+            lambda u: density(u, first.model, data),
+            form.start(Dense(first.loc, first.scale_tril), of_form),
+            of_draws,
+            batch=batch,
+            tolerance=tolerance,
+            max_steps=max_steps,
+        )
+        own = unconstrain(guide.declared, {name: end.current._asdict()})
+        known = end.status != SolverStatus.INVALID_START
+        info = SolverInfo(
+            status=end.status,
+            elbo=end.elbo,
+            steps=end.steps,
+            lane_elbos=jnp.where(known, end.elbo, jnp.nan)[None],
+            lane_statuses=end.status[None],
+            sampling_error=jnp.max(jnp.sqrt(end.variance[0])),
+            details=Matching(end.residual, end.steps * batch, end.refused[1]),
+        )
+        return {**first.model, **own}, info
+
+    return guide, solve
+
+
+def gaussian_start(target: Target, init: Any) -> Callable[[jax.Array, Any], Given]:
+    """`(key, data) -> Given`: a first Gaussian from points as `vi.guides.mean_field` starts at.
+
+    Newton steps from several points until they promise less than dim / 2 nats, which is how far
+    below the mode a posterior's own draws are; then the curvature there.
+    """
+    density, begin = log_density(target), start_vector(target, init)
+
+    def first_gaussian(key: jax.Array, data: Any) -> Given:
+        def loss(u: jax.Array) -> jax.Array:
+            return -density(u, {}, data)
+
+        def lane(i: jax.Array, radius: jax.Array) -> tuple[Given, jax.Array]:
+            u = first_finite(
+                lambda u: -loss(u), lambda key: radius * begin(key), jax.random.fold_in(key, i)
+            )
+            found = minimise(
+                loss,
+                u,
+                lambda u: curvature_units(loss, u),
+                tolerance=0.5 * u.size,
+                max_steps=FIRST_STEPS,
+            )
+            bend = curvature(loss, found.x)
+            mass = jnp.sum(jnp.log(jnp.diagonal(bend.scale_tril))) - found.value
+            settled = found.status == SolverStatus.CONVERGED
+            rank = jnp.where(jnp.isfinite(mass), mass, -jnp.inf)
+            return Given(found.x, bend.scale_tril, {}), jnp.stack([1.0 * settled, rank])
+
+        lanes, ranks = jax.vmap(lane)(jnp.arange(len(RADII)), jnp.array(RADII))
+        best = jnp.lexsort((ranks[:, 1], ranks[:, 0]))[-1]
+        return jax.tree.map(lambda leaf: leaf[best], lanes)
+
+    return first_gaussian
+
+
+def projected(rank: int, q: Dense, key: jax.Array) -> LowRank:
+    """The low-rank normal nearest to a dense one."""
+    deviation = jnp.sqrt(jnp.sum(q.scale_tril**2, axis=1))
+    correlated = q.scale_tril / deviation[:, None]
+    factor = 0.1 * jax.random.normal(key, (q.loc.shape[0], rank), q.loc.dtype)
+    factor, psi = factor_analysis(
+        lambda y: correlated @ (correlated.T @ y),
+        jnp.ones_like(q.loc),
+        factor,
+        jnp.ones_like(q.loc),
+    )
+    scale = jnp.sqrt(psi)
+    return LowRank(q.loc, deviation * scale, factor / scale[:, None])
