@@ -49,7 +49,7 @@ def test_the_step_follows_the_natural_gradient():
         h = -(e - 0.3) @ precision
         small = 1e-6
         mean, covariance = natural_step(e, h, jnp.float64(small))
-        np.testing.assert_allclose(mean / small, 0.3 * precision.sum(0), rtol=1e-4)
+        np.testing.assert_allclose(mean / small, 0.3 * precision.sum(0), atol=1e-5)
         moved = (np.linalg.inv(covariance) - np.eye(3)) / small
         np.testing.assert_allclose(moved, precision - np.eye(3), rtol=1e-4, atol=1e-5)
 

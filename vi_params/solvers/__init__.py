@@ -9,18 +9,24 @@ from vi_params.solvers.natural_gradient import natural_gradient
 from vi_params.solvers.pathfinder import pathfinder
 from vi_params.solvers.population_monte_carlo import population_monte_carlo
 from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus
+from vi_params.solvers.svgd import Kernel, Particles, imq, rbf, svgd
 
 __all__ = [
+    "Kernel",
+    "Particles",
     "Solution",
     "SolverInfo",
     "SolverStatus",
     "batch_and_match",
     "deterministic",
+    "imq",
     "laplace",
     "linear_response",
     "merge",
     "natural_gradient",
     "pathfinder",
     "population_monte_carlo",
+    "rbf",
     "score_matching",
+    "svgd",
 ]
