@@ -91,7 +91,8 @@ def test_the_optimum_for_a_gamma_posterior():
         lambda v, z, d: dist.Gamma(3.0, 2.0).log_prob(z["rate"]),
         {"rate": vi.Latent((), constraints.positive)},
     )
-    solution = vi.solvers.natural_gradient(target, KEY, tolerance=0.005, max_steps=3000)
+    start = {"loc": np.zeros(1), "scale": np.ones(1)}
+    solution = vi.solvers.natural_gradient(target, KEY, init=start, tolerance=0.005, max_steps=3000)
     found = values_of(solution)
     assert solution.info.status == Status.CONVERGED
     s = 3.0**-0.5
@@ -110,7 +111,8 @@ def test_a_logistic_regression_reaches_the_best_elbo():
         return jnp.sum(y * logits - jnp.logaddexp(0.0, logits)) + prior
 
     target = vi.target(log_density, {"beta": vi.Latent((2,))})
-    solution = vi.solvers.natural_gradient(target, KEY, family=vi.guides.mean_field)
+    start = {"loc": np.zeros(2), "scale": np.ones(2)}
+    solution = vi.solvers.natural_gradient(target, KEY, family=vi.guides.mean_field, init=start)
     e = vi.noise.sobol().draw(KEY, 512, 2)
 
     @jax.jit

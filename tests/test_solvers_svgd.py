@@ -56,7 +56,8 @@ def test_the_median_heuristic_follows_the_units():
 @pytest.mark.parametrize("kernel", [vi.solvers.rbf(), vi.solvers.imq()])
 def test_a_gaussian(gaussian, kernel):
     """The particles' mean is the target's, their covariance is near, in any units."""
-    particles = vi.solvers.svgd(gaussian, KEY, num_particles=50, kernel=kernel)
+    start = {"loc": MEAN + UNITS, "scale": UNITS}
+    particles = vi.solvers.svgd(gaussian, KEY, num_particles=50, kernel=kernel, init=start)
     z = (np.asarray(particles.latents["z"]) - MEAN) / UNITS
     np.testing.assert_allclose(z.mean(0), np.zeros(2), atol=0.05)
     np.testing.assert_allclose(np.cov(z.T), CORRELATION, atol=0.25)
@@ -71,7 +72,8 @@ def test_one_particle_goes_to_the_mode():
         lambda v, z, d: dist.Gamma(3.0, 2.0).log_prob(z["rate"]),
         {"rate": vi.Latent((), constraints.positive)},
     )
-    particles = vi.solvers.svgd(target, KEY, num_particles=1, optimizer=optax.sgd(0.5))
+    start = {"loc": np.zeros(1), "scale": np.ones(1)}
+    particles = vi.solvers.svgd(target, KEY, num_particles=1, optimizer=optax.sgd(0.2), init=start)
     np.testing.assert_allclose(particles.latents["rate"], [1.5], rtol=1e-2)
     assert particles.status == Status.CONVERGED
     assert "1 particles: converged" in str(particles)
