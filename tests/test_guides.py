@@ -74,6 +74,7 @@ def auto(kind, **options):
 GUIDES = {
     "mean_field": vi.guides.mean_field,
     "full_rank": vi.guides.full_rank,
+    "low_rank": vi.guides.low_rank,
     "delta": vi.guides.delta,
     "guide of a mapping": lambda target: vi.guide(
         DECLARED, lambda values, data: by_hand(values) | {"mu": dist.Normal(data["y"].mean(), 0.5)}
@@ -223,6 +224,7 @@ ONE_SCALE = {"loc": jnp.array(0.2), "scale": vi.Param(0.7, constraint=constraint
 NORMALISED = {
     "mean_field": partial(vi.guides.mean_field, init_scale=0.7),
     "full_rank": partial(vi.guides.full_rank, init_scale=0.7),
+    "low_rank": partial(vi.guides.low_rank, init_scale=0.7),
     "guide of one distribution": lambda target: vi.guide(ONE_SCALE, log_normal),
     "guide of a mapping": lambda target: vi.guide(ONE_SCALE, lambda v: {"tau": log_normal(v)}),
     "numpyro_guide": lambda target: vi.numpyro_guide(

@@ -88,6 +88,7 @@ def test_the_root_and_its_inverse(rank):
     assert np.all(np.isfinite(slope))
 
 
+@pytest.mark.slow
 def test_a_fit_finds_a_factor_model():
     """Of a Gaussian of the family itself the ELBO reaches the log evidence, zero."""
     w = jnp.array([1.0, -2.0, 0.5, 1.5])

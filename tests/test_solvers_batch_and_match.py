@@ -178,6 +178,7 @@ def test_the_patch_is_the_dense_step_projected():
         )
 
 
+@pytest.mark.slow
 def test_low_rank_reaches_a_factor_model():
     """A Gaussian of the family itself: location and covariance are found."""
     dense = jnp.diag(PSI) + W @ W.T
@@ -246,6 +247,7 @@ def test_failures_are_told(failing, case):
     assert told in str(solution)
 
 
+@pytest.mark.slow
 def test_parameters_of_the_model_are_kept():
     """They come with a solution; without one there is nothing to keep them at."""
     target = vi.target(

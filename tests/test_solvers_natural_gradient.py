@@ -100,6 +100,7 @@ def test_the_optimum_for_a_gamma_posterior():
     np.testing.assert_allclose(found["scale_tril"], [[s]], rtol=0.03)
 
 
+@pytest.mark.slow
 def test_a_logistic_regression_reaches_the_best_elbo():
     """Its ELBO is not below the one that scipy finds over locations and a diagonal's scales."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(20, 2)))

@@ -129,6 +129,7 @@ def test_a_gaussian(gaussian):
     np.testing.assert_allclose(weights @ pool.positions, MEAN, atol=0.4)
 
 
+@pytest.mark.slow
 def test_two_modes_have_their_weights():
     """Paths that end in either mode: the pooled draws have each with its mass, whichever number of
     paths ended there."""

@@ -247,7 +247,7 @@ def along(trace: Trace, log_p: Callable[[jax.Array], jax.Array], e: jax.Array) -
     dim = trace.x.shape[1]
     constant = 0.5 * dim * jnp.log(2 * jnp.pi)
 
-    def body(carry: tuple, i: jax.Array) -> tuple:
+    def body(i: jax.Array, carry: tuple) -> tuple:
         history, best = carry
         x, slope = trace.x[i], trace.slope[i]
         history = extend(history, x - trace.x[i - 1], slope - trace.slope[i - 1])
@@ -256,18 +256,15 @@ def along(trace: Trace, log_p: Callable[[jax.Array], jax.Array], e: jax.Array) -
         z = loc + jax.vmap(c.times)(e)
         log_q = -0.5 * jnp.sum(e**2, axis=1) - constant - c.log_det()
         elbo = jnp.mean(jax.vmap(log_p)(z) - log_q)
-        elbo = jnp.where(jnp.isfinite(elbo) & (i <= trace.steps), elbo, -jnp.inf)
+        elbo = jnp.where(jnp.isfinite(elbo), elbo, -jnp.inf)
         new = Normal(loc, c, elbo, i)
         best = jax.tree.map(lambda a, b: jnp.where(elbo > best.elbo, a, b), new, best)
-        return (history, best), elbo
+        return history, best
 
     history = empty(dim, HISTORY, trace.x.dtype)
     none = jnp.full((), -jnp.inf, trace.x.dtype)
     blank = Normal(trace.x[0], root(history), none, jnp.int32(0))
-    (_, best), _ = lax.scan(
-        body, (history, blank), jnp.arange(1, trace.x.shape[0], dtype=jnp.int32)
-    )
-    return best
+    return lax.fori_loop(jnp.int32(1), trace.steps + 1, body, (history, blank))[1]
 
 
 def _log_normal(z: jax.Array, loc: jax.Array, scale_tril: jax.Array) -> jax.Array:
