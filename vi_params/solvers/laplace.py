@@ -19,13 +19,14 @@ from jax.flatten_util import ravel_pytree
 
 from vi_params._cache import program
 from vi_params._check import require_count, require_key
+from vi_params._compile import quick
 from vi_params.guide import Guide
 from vi_params.guides import full_rank
 from vi_params.guides.starts import start_vector
 from vi_params.params import init_params, unconstrain
 from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus
 from vi_params.solvers.start import data_of, first_finite, log_density
-from vi_params.solvers.trust_region import Minimum, minimise
+from vi_params.solvers.trust_region import Minimum, matrix_free, minimise
 from vi_params.target import Target, flat
 
 AT_ONCE = 32
@@ -120,13 +121,13 @@ def _build(
     density, begin = log_density(target), start_vector(target, init)
     radii = jnp.array([RADII[i] if i < len(RADII) else 1.0 for i in range(lanes)])
 
-    def mode(u: jax.Array, model: Any, data: Any) -> Minimum:
+    def mode(starts: jax.Array, model: Any, data: Any) -> Minimum:
         def loss(u: jax.Array) -> jax.Array:
             return -density(u, model, data)
 
         return minimise(
-            loss,
-            u,
+            matrix_free(loss),
+            starts,
             lambda u: curvature_units(loss, u),
             tolerance=tolerance,
             max_steps=max_steps,
@@ -143,7 +144,7 @@ def _build(
             def slope(u: jax.Array, theta: jax.Array) -> jax.Array:
                 return jax.grad(density)(u, unravel(theta), data)
 
-            u_star = lax.stop_gradient(mode(u, unravel(fixed), data).x)
+            u_star = lax.stop_gradient(mode(u[None], unravel(fixed), data).x)
             hessian = lax.stop_gradient(dense_hessian(lambda u: slope(u, fixed), u_star))
             # Two chord steps leave u* where it is and give it its first two derivatives in theta.
             for _ in range(2):
@@ -153,7 +154,13 @@ def _build(
             log_det = 2 * jnp.sum(jnp.log(jnp.diagonal(root)))
             return density(u_star, unravel(theta), data) - 0.5 * log_det
 
-        found = minimise(loss, theta, jnp.ones_like, tolerance=tolerance, max_steps=max_steps)
+        found = minimise(
+            matrix_free(loss),
+            theta[None],
+            jnp.ones_like,
+            tolerance=tolerance,
+            max_steps=max_steps,
+        )
         return unravel(found.x), found
 
     def lane(key: jax.Array, radius: jax.Array, data: Any) -> Any:
@@ -165,7 +172,7 @@ def _build(
         outer = None
         if target.declared:
             model, outer = best_model(u, model, data)
-        found = mode(u, model, data)
+        found = mode(u[None], model, data)
         bend = curvature(lambda u: -density(u, model, data), found.x)
         evidence = -found.value + 0.5 * dim * math.log(2 * math.pi) - 0.5 * bend.log_det
         status = jnp.where(
@@ -179,7 +186,7 @@ def _build(
             found = found._replace(steps=outer.steps)
         return {**model, name: (found.x, bend.scale_tril)}, evidence, status, found.steps
 
-    @jax.jit
+    @quick
     def solve(key: jax.Array, data: Any) -> tuple[Any, SolverInfo]:
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(lanes))
         params, evidence, status, steps = jax.vmap(lane, (0, 0, None))(keys, radii, data)

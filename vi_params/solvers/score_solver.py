@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from vi_params._cache import program
 from vi_params._check import explain, require_count, require_key
+from vi_params._compile import quick
 from vi_params.guide import Guide
 from vi_params.guides.starts import start_vector
 from vi_params.params import unconstrain
@@ -24,7 +25,7 @@ from vi_params.solvers.start import (
     log_density,
     require_model,
 )
-from vi_params.solvers.trust_region import minimise
+from vi_params.solvers.trust_region import matrix_free, minimise
 from vi_params.target import Target, flat
 
 FIRST_STEPS = 100
@@ -100,7 +101,7 @@ def _build(
     guide = form.family(target, init=init, name=name)
     density, first_gaussian = log_density(target), gaussian_start(target, init)
 
-    @jax.jit
+    @quick
     def solve(key: jax.Array, given: Given | None, data: Any) -> tuple[Any, SolverInfo]:
         of_start, of_form, of_draws = jax.random.split(key, 3)
         first = first_gaussian(of_start, data) if given is None else given
@@ -146,8 +147,8 @@ def gaussian_start(target: Target, init: Any) -> Callable[[jax.Array, Any], Give
                 lambda u: -loss(u), lambda key: radius * begin(key), jax.random.fold_in(key, i)
             )
             found = minimise(
-                loss,
-                u,
+                matrix_free(loss),
+                u[None],
                 lambda u: curvature_units(loss, u),
                 tolerance=0.5 * u.size,
                 max_steps=FIRST_STEPS,

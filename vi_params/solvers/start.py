@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from vi_params._check import explain, require_instance, require_names
-from vi_params._tree import all_finite, is_traced, pick, strong
-from vi_params.objectives.objective import require_structure
+from vi_params._tree import all_finite, is_traced, pick
+from vi_params.objectives.objective import resolve
 from vi_params.params import constrain
 from vi_params.solvers.solution import Solution
 from vi_params.target import Target, flat
@@ -35,12 +35,7 @@ class Given(NamedTuple):
 def data_of(target: Target, data: Any) -> Any:
     """The data to use: those given, checked and as strongly typed arrays, or the target's own."""
     require_instance(target, Target, "vi.target or vi.from_numpyro", "target")
-    if data is None:
-        return target.data
-    structure = jax.tree.structure(target.data)
-    if structure.num_leaves:
-        require_structure(structure, data)
-    return jax.tree.map(strong, data)
+    return resolve(target, data)
 
 
 def log_density(target: Target) -> Callable[[jax.Array, Any, Any], jax.Array]:
