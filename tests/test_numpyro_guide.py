@@ -187,10 +187,6 @@ def observing(y):
     numpyro.sample("mu", dist.Normal(), obs=y)
 
 
-def discrete():
-    numpyro.sample("k", dist.Poisson(1.0))
-
-
 def score_auxiliary():
     guide = vi.numpyro_guide(autoguide.AutoMultivariateNormal(model), Y)
     latents = {"mu": 0.0, "tau": 1.0, "theta": Y}
@@ -212,7 +208,6 @@ ERRORS = {
         ValueError,
         ["observes nothing", "without obs=", "['mu']"],
     ),
-    "discrete site": (lambda: vi.numpyro_guide(discrete), ValueError, ["Poisson", "'k'"]),
     "auxiliary sites": (score_auxiliary, ValueError, ["cannot score", "_auto_latent", "rescore"]),
     "autoguide of traced data": (auto_under_vmap, TypeError, ["concrete", "outside jit and vmap"]),
     "wrong arguments": (

@@ -130,7 +130,6 @@ def moving_constraint(y):
 
 CONCRETE = ["needs the value of an array", "static", "Where: "]
 REFUSED = {
-    "discrete latent": (discrete, ValueError, ["discrete latent", "Bernoulli", "'k'"]),
     "subsampled plate": (subsampled, ValueError, ["plate 'rows'", "subsample_size=2 of 3"]),
     "branch on data": (branching, TypeError, [*CONCRETE, "branching"]),
     "boolean selection": (selecting, TypeError, [*CONCRETE, "selecting"]),
@@ -138,6 +137,16 @@ REFUSED = {
     "NumPy on data": (leaving, TypeError, [*CONCRETE, "leaving"]),
     "constraint from data": (moving_constraint, ValueError, ["bounds", "'scale'"]),
 }
+
+
+def test_a_discrete_latent_has_no_flat_form():
+    """A model with a discrete latent is a target; families, which need unconstrained coordinates,
+    are refused by the name of the latent."""
+    target = vi.from_numpyro(discrete, Y)
+    assert target.latents["k"].is_discrete
+    for build in (vi.flat, vi.guides.mean_field, vi.guides.delta):
+        with pytest.raises(ValueError, match=r"discrete ones: \['k'\]"):
+            build(target)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -118,7 +118,7 @@ ERRORS = {
     "a distribution that is not reparameterised": (
         lambda: build(lambda v: good(v) | {"z": dist.VonMises(v["loc"], 1.0)}),
         ValueError,
-        ["Expected: distributions with has_rsample", "['z']", "estimator pathwise"],
+        ["Expected: distributions with has_rsample", "VonMises at 'z'", "estimators.mixed()"],
     ),
     "a discrete distribution": (
         lambda: build(lambda v: good(v) | {"tau": dist.Poisson(1.0)}),

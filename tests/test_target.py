@@ -165,12 +165,12 @@ ERRORS = {
         TypeError,
         ["vi.Latent", "'z': tuple"],
     ),
-    "a support without bijector": (
-        lambda: vi.target(
-            lambda v, z, d: 0.0, {"k": vi.Latent((), constraints.nonnegative_integer)}
+    "flat coordinates of a discrete latent": (
+        lambda: vi.flat(
+            vi.target(lambda v, z, d: 0.0, {"k": vi.Latent((), constraints.nonnegative_integer)})
         ),
         ValueError,
-        ["no bijector", "IntegerNonnegative"],
+        ["no unconstrained coordinates", "discrete ones: ['k']", "vi.estimators.mixed()"],
     ),
     "a dependent support": (
         lambda: vi.target(

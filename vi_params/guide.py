@@ -13,6 +13,7 @@ from vi_params._tree import fold_in_name, pick
 from vi_params.noise import Noise
 from vi_params.params import constrain
 from vi_params.params.declare import Declared, normalise
+from vi_params.sites import Site
 
 
 class Draw(NamedTuple):
@@ -47,6 +48,9 @@ class Guide(NamedTuple):
             what is known in closed form is exact; None where nothing is.
         distributions: `(params, data=None) -> mapping` from the names of the latents to numpyro
             distributions, for hand-written guides; None for families, which follow their target.
+        sites: `(params, one particle's noise, data=None, given={}) -> mapping` of its `Site`s,
+            drawn as by `transform` except for those `given`; no gradient flows through draws that
+            are not reparameterised. None for families, which are.
         data: arrays that the guide takes beside the target's.
         is_point: whether all mass is in one point, so that there is no density to judge.
         is_reparameterised: whether draws have a gradient with respect to the parameters, as far as
@@ -61,6 +65,7 @@ class Guide(NamedTuple):
     transform: Callable[..., Draw]
     entropy: Callable[..., jax.Array] | None = None
     distributions: Callable[..., Mapping[str, dist.Distribution]] | None = None
+    sites: Callable[..., Mapping[str, Site]] | None = None
     data: Any = None
     is_point: bool = False
     is_reparameterised: bool = True
@@ -153,6 +158,15 @@ def guide(declared: Declared, q: Callable[..., Any]) -> Guide:
         unnamed = latents[SINGLE] if SINGLE in q else latents
         return Draw(unnamed, score(q, latents), unnamed)
 
+    def sites(
+        params: Any, noise: jax.Array, data: Any = None, given: Mapping[str, Any] | None = None
+    ) -> dict[str, Site]:
+        given, found = given or {}, {}
+        for name, d in distributions(params, data).items():
+            x = given[name] if name in given else _sample(d, fold_in_name(noise, name))
+            found[name] = Site(x, jnp.asarray(d.log_prob(x)), d, None)
+        return found
+
     def log_prob(params: Any, latents: Any, data: Any = None) -> jax.Array:
         q = distributions(params, data)
         return score(q, {SINGLE: latents} if SINGLE in q else latents)
@@ -165,6 +179,7 @@ def guide(declared: Declared, q: Callable[..., Any]) -> Guide:
         noise=key_noise,
         transform=transform,
         distributions=distributions,
+        sites=sites,
     )
 
 

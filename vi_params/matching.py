@@ -13,7 +13,8 @@ from vi_params.guide import SINGLE, Draw, Guide
 from vi_params.params import Latent, init_params
 from vi_params.params.declare import bijector, constraint_name
 from vi_params.params.maps import abstract_params
-from vi_params.target import Target
+from vi_params.sites import Site, is_point_mass
+from vi_params.target import EMPTY, Target
 
 
 def matched(target: Target, guide: Guide) -> Guide:
@@ -45,8 +46,8 @@ def matched(target: Target, guide: Guide) -> Guide:
                     where=f"latent {name!r}",
                 )
             )
-    if guide.distributions is not None:
-        _require_supports(target, guide, data)
+    _require_kinds(target, guide)
+    _require_supports(target, guide, data)
     return guide
 
 
@@ -76,21 +77,27 @@ def joint_data(target: Target, guide: Guide) -> Any:
     return {**guide.data, **target.data}
 
 
-def without_gradient(target: Target, guide: Guide) -> tuple[str, ...]:
-    """The latents of a hand-written guide whose distributions are not reparameterised."""
-    if not guide.is_reparameterised:
-        return tuple(target.latents)
-    names: list[str] = []
-    distributions = guide.distributions
-    if distributions is not None:
+def guide_sites(target: Target, guide: Guide) -> dict[str, Site]:
+    """The sites of a hand-written guide, for what is static in them; empty for a family."""
+    found: dict[str, Site] = {}
+    sites = guide.sites
+    if sites is not None:
 
-        def look(params: Any, data: Any) -> None:
-            found = distributions(params, data)
-            names.extend(name for name, d in found.items() if not d.has_rsample)
+        def look(params: Any, key: jax.Array, data: Any) -> None:
+            one = jax.tree.map(lambda leaf: leaf[0], guide.noise(key, 1))
+            found.update(sites(params, one, data))
 
         params = abstract_params(joint_declared(target, guide))
-        jax.eval_shape(look, params, joint_data(target, guide))
-    return tuple(names)
+        jax.eval_shape(look, params, abstract_key(), joint_data(target, guide))
+    return found
+
+
+def without_gradient(target: Target, guide: Guide) -> tuple[str, ...]:
+    """The latents, or sites, of a guide whose draws do not carry the parameters' gradient."""
+    if not guide.is_reparameterised:
+        return tuple(target.latents)
+    sites = guide_sites(target, guide)
+    return tuple(name for name, site in sites.items() if not site.has_gradient)
 
 
 def _name_single(target: Target, guide: Guide) -> Guide:
@@ -105,7 +112,7 @@ def _name_single(target: Target, guide: Guide) -> Guide:
             )
         )
     (name,) = target.latents
-    distributions = guide.distributions
+    distributions, sites = guide.distributions, guide.sites
 
     def wrap(draw: Draw) -> Draw:
         return Draw({name: draw.latents}, draw.log_prob, draw.position)
@@ -113,11 +120,17 @@ def _name_single(target: Target, guide: Guide) -> Guide:
     def rescore(params: Any, draw: Draw, data: Any = None) -> jax.Array:
         return guide.rescore(params, draw._replace(latents=draw.latents[name]), data)
 
+    def named_sites(params: Any, noise: Any, data: Any = None, given: Any = EMPTY) -> Any:
+        assert sites is not None
+        inner = {SINGLE: given[name]} if name in given else EMPTY
+        return {name: sites(params, noise, data, inner)[SINGLE]}
+
     return guide._replace(
         sample=lambda params, key, data=None: wrap(guide.sample(params, key, data)),
         transform=lambda params, noise, data=None: wrap(guide.transform(params, noise, data)),
         log_prob=lambda params, latents, data=None: guide.log_prob(params, latents[name], data),
         rescore=rescore,
+        sites=sites and named_sites,
         distributions=distributions
         and (lambda params, data=None: {name: distributions(params, data)[SINGLE]}),
     )
@@ -141,11 +154,11 @@ def _require_supports(target: Target, guide: Guide, data: Any) -> None:
             latent, support = questions[name], cast(Any, found[name].support)
             seen[name] = constraint_name(support)
             if support.is_discrete:
-                answers[name] = jnp.bool_(False)
-                continue
-            transform = bijector(support, name)
-            shape = (16, *transform.inverse_shape(latent.shape))
-            points = transform(2.0 * jax.random.normal(fold_in_name(key, name), shape))
+                points = found[name].sample(fold_in_name(key, name), (64,))
+            else:
+                transform = bijector(support, name)
+                shape = (16, *transform.inverse_shape(latent.shape))
+                points = transform(2.0 * jax.random.normal(fold_in_name(key, name), shape))
             answers[name] = jnp.all(latent.support(points))
         return answers
 
@@ -153,16 +166,30 @@ def _require_supports(target: Target, guide: Guide, data: Any) -> None:
         answers = jax.jit(inside)(jax.random.key(0))
     for name, answer in answers.items():
         if not is_traced(answer) and not answer:
-            raise ValueError(
-                explain(
-                    "The guide draws a latent outside the target's support.",
-                    expected=constraint_name(target.latents[name].support),
-                    received=seen[name],
-                    where=f"latent {name!r}",
-                    hint="use a distribution on that set, or transform one onto it "
-                    "(numpyro's TransformedDistribution with biject_to)",
-                )
-            )
+            raise _outside(name, target, seen[name])
+
+
+def _require_kinds(target: Target, guide: Guide) -> None:
+    """Raises where one of target and guide takes a latent for discrete and the other does not."""
+    for name, site in guide_sites(target, guide).items():
+        support = site.distribution.support
+        if name not in target.latents or is_point_mass(site.distribution):
+            continue
+        if support.is_discrete != target.latents[name].is_discrete:
+            raise _outside(name, target, constraint_name(support))
+
+
+def _outside(name: str, target: Target, received: str) -> ValueError:
+    return ValueError(
+        explain(
+            "The guide draws a latent outside the target's support.",
+            expected=constraint_name(target.latents[name].support),
+            received=received,
+            where=f"latent {name!r}",
+            hint="use a distribution on that set, or transform one onto it "
+            "(numpyro's TransformedDistribution with biject_to)",
+        )
+    )
 
 
 def _is_everything(latent: Latent) -> bool:

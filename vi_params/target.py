@@ -14,6 +14,7 @@ from vi_params._check import explain, require_instance, require_names
 from vi_params._tree import fold_in_name, pick, strong
 from vi_params.params import Latent, constrain_with_log_det, unconstrain
 from vi_params.params.declare import Declared, normalise
+from vi_params.sites import Site
 
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 
@@ -35,6 +36,8 @@ class Target(NamedTuple):
         deterministic: `(values, latents, data) -> mapping` of quantities computed from the latents.
         terms: `(values, latents, data) -> mapping` of the named terms that sum to the log density.
         start: `(strategy, key) -> u`: a start by one of numpyro's `init_to_*` strategies.
+        sites: `(values, latents, data) -> mapping` of the `Site`s of a program; None where the
+            density is one function.
     """
 
     latents: Mapping[str, Latent]
@@ -47,6 +50,7 @@ class Target(NamedTuple):
     deterministic: Callable[[Any, Any, Any], dict[str, jax.Array]]
     terms: Callable[[Any, Any, Any], dict[str, jax.Array]]
     start: Callable[[Any, jax.Array], dict[str, jax.Array]]
+    sites: Callable[[Any, Any, Any], dict[str, Site]] | None = None
 
 
 def target(
@@ -115,6 +119,7 @@ def build(
     terms: Callable[[Any, Any, Any], dict[str, jax.Array]] | None = None,
     constrain: Callable[..., Any] | None = None,
     unconstrain: Callable[..., Any] | None = None,
+    sites: Callable[[Any, Any, Any], dict[str, Site]] | None = None,
 ) -> Target:
     """A `Target` from its parts, with checks at every trace and the maps of fixed supports."""
 
@@ -144,6 +149,7 @@ def build(
         deterministic=deterministic,
         terms=terms or (lambda values, x, data: {"log_density": checked(values, x, data)}),
         start=start,
+        sites=sites,
     )
 
 
@@ -177,6 +183,9 @@ def flat(target: Target) -> FlatTarget:
     Returns:
         A `FlatTarget`.
 
+    Raises:
+        ValueError: a latent is discrete.
+
     Example:
         >>> from numpyro.distributions import constraints
         >>> latents = {"rate": vi.Latent((), constraints.positive), "z": vi.Latent((2,))}
@@ -185,6 +194,18 @@ def flat(target: Target) -> FlatTarget:
         (3, {'rate': Array(1., dtype=float32), 'z': Array([0., 0.], dtype=float32)})
     """
     require_instance(target, Target, "vi.target or vi.from_numpyro", "target")
+    discrete = [name for name, latent in target.latents.items() if latent.is_discrete]
+    if discrete:
+        raise ValueError(
+            explain(
+                "A discrete latent has no unconstrained coordinates.",
+                expected="continuous latents",
+                received=f"discrete ones: {discrete}",
+                where="families of vi.guides, solvers, vi.flat",
+                hint="sum it out with vi.from_numpyro(..., enumerate=True); or a guide by hand, with "
+                "vi.elbo(..., estimator=vi.estimators.mixed()); or obs= if the site is data",
+            )
+        )
     dim = sum(_sizes(target))
 
     def split(u: jax.Array) -> dict[str, jax.Array]:

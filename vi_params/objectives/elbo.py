@@ -5,14 +5,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vi_params._check import explain, require_count, require_instance
-from vi_params._tree import abstract_key, pick
+from vi_params._check import require_count, require_instance
+from vi_params._tree import abstract_key, merge
 from vi_params.estimators import Estimator, pathwise
+from vi_params.estimators.estimator import Problem
 from vi_params.guide import Guide
-from vi_params.matching import joint_data, joint_declared, matched, without_gradient
+from vi_params.matching import joint_data, joint_declared, matched
 from vi_params.noise import Noise, iid
 from vi_params.objectives.objective import Aux, Objective, objective
-from vi_params.params import constrain
 from vi_params.target import Target
 
 
@@ -35,8 +35,9 @@ def elbo(
         target: what to approximate.
         guide: by what.
         num_particles: draws per evaluation.
-        estimator: how the gradient is taken: `vi.estimators.pathwise()` (the default),
-            `closed_form_entropy()` or `sticking_the_landing()`.
+        estimator: how the gradient is taken, one of `vi.estimators`: `pathwise()` (the default),
+            `closed_form_entropy()`, `sticking_the_landing()`, `analytic_kl()`; `mixed()`,
+            `enumerate()` or `score()` where a latent is discrete or not reparameterised.
         noise: how the draws depend on each other: `vi.noise.iid()` (the default), ...
         batch_size: how many draws are evaluated at once; all of them where None. Fewer cap the
             memory at that of `batch_size` draws.
@@ -65,29 +66,32 @@ def elbo(
     require_instance(estimator, Estimator, "vi.estimators.pathwise()", "vi.elbo, estimator")
     scheme = noise or iid()
     require_instance(scheme, Noise, "vi.noise.antithetic()", "vi.elbo, noise")
-    declared = joint_declared(target, guide)
     guide = matched(target, guide)
-    _require_estimable(target, guide, estimator)
+    problem = Problem(target, guide, num_particles, scheme)
+    estimate = estimator.build(problem)
+    declared = merge(
+        joint_declared(target, guide),
+        estimate.declared,
+        what="parameters of target, guide and estimator",
+        where="declared",
+    )
     jax.eval_shape(
         lambda key: guide.noise(key, num_particles, scheme),
         abstract_key(),
     )
-    model = target.declared
 
     def evaluate(params: Any, noise: Any, data: Any) -> tuple[jax.Array, Aux]:
-        values = constrain(model, pick(params, model))
-
-        def term(one: Any) -> jax.Array:
-            draw = guide.transform(params, one, data)
-            log_density = target.log_density(values, draw.latents, data)
-            return estimator.term(guide, params, draw, log_density, data)
+        def term(one: Any) -> Any:
+            return estimate.term(params, one, data, None)
 
         if num_particles == 1:
-            bound = term(jax.tree.map(lambda leaf: leaf[0], noise))
+            one = term(jax.tree.map(lambda leaf: leaf[0], noise))
+            terms = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], one)
         elif batch_size is None or batch_size >= num_particles:
-            bound = jnp.mean(jax.vmap(term)(noise))
-        else:
-            bound = jnp.mean(jax.lax.map(term, noise, batch_size=batch_size))
+            terms = jax.vmap(term)(noise)
+        else:  # without checkpoint the gradient would keep what every batch computed
+            terms = jax.lax.map(jax.checkpoint(term), noise, batch_size=batch_size)
+        bound = estimate.bound(params, terms, data)
         return -bound, Aux(bound)
 
     return objective(
@@ -98,29 +102,3 @@ def elbo(
         target,
         guide,
     )
-
-
-def _require_estimable(target: Target, guide: Guide, estimator: Estimator) -> None:
-    """Raises unless the guide has what the estimator needs."""
-    if "entropy" in estimator.needs and guide.entropy is None:
-        raise ValueError(
-            explain(
-                "The guide's entropy is not known in closed form.",
-                expected="a Gaussian family of vi.guides",
-                received="a guide without `entropy`",
-                where=f"vi.elbo, estimator {estimator.name}",
-                hint="vi.estimators.pathwise() or vi.estimators.sticking_the_landing()",
-            )
-        )
-    stuck = without_gradient(target, guide) if "reparameterised" in estimator.needs else ()
-    if stuck:
-        raise ValueError(
-            explain(
-                "The guide draws a latent from a distribution that is not reparameterised.",
-                expected="distributions with has_rsample",
-                received=f"none at {list(stuck)}",
-                where=f"vi.elbo, estimator {estimator.name}",
-                hint="use a reparameterised distribution; score-function estimators are not there "
-                "yet",
-            )
-        )

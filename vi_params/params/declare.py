@@ -72,8 +72,9 @@ class Latent:
         shape: the shape of one draw, in the constrained space.
         support: a `numpyro.distributions.constraints` object. `constraints.dependent` marks a
             support that another latent or the data decide: `target.constrain` knows it.
-        dtype: a floating dtype; the default float where None.
-        unconstrained_shape: the shape of the unconstrained image; the support gives it where None.
+        dtype: the dtype of a draw; the default float where None, or int on a discrete support.
+        unconstrained_shape: the shape of the unconstrained image; the support gives it where None,
+            and a discrete one has none.
 
     Example:
         >>> tau = vi.Latent((), constraints.positive)
@@ -95,8 +96,9 @@ class Latent:
                 )
             )
         object.__setattr__(self, "shape", tuple(self.shape))
-        object.__setattr__(self, "dtype", jnp.dtype(self.dtype or jnp.result_type(float)))
-        if self.unconstrained_shape is None:
+        kind = int if self.is_discrete else float
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype or jnp.result_type(kind)))
+        if self.unconstrained_shape is None and not self.is_discrete:
             free = bijector(self.support, "Latent").inverse_shape(self.shape)
             object.__setattr__(self, "unconstrained_shape", tuple(free))
 
@@ -104,6 +106,14 @@ class Latent:
     def constraint(self) -> constraints.Constraint:
         """The support, under the name that a `Param` has for it."""
         return self.support
+
+    @property
+    def is_discrete(self) -> bool:
+        """Whether the support is discrete, so that no unconstrained image exists."""
+        try:
+            return bool(getattr(self.support, "is_discrete", False))
+        except NotImplementedError:  # constraints.dependent, about which nothing more is said
+            return False
 
     @property
     def is_dynamic(self) -> bool:

@@ -13,7 +13,6 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
-from numpyro import distributions as dist
 from numpyro import handlers
 from numpyro.distributions import biject_to, constraints
 from numpyro.infer import init_to_uniform
@@ -22,6 +21,7 @@ from vi_params._check import explain
 from vi_params._tree import abstract_key
 from vi_params.interop.numpyro.call import Call
 from vi_params.params import Latent, Param
+from vi_params.sites import is_point_mass
 
 LOCK = threading.RLock()
 
@@ -95,8 +95,7 @@ def discover(
         prepare: how it is made to run without a guide.
 
     Raises:
-        ValueError: a site that cannot be handled: a discrete latent, a subsampled plate, mutable
-            state.
+        ValueError: a site that cannot be handled: a subsampled plate, mutable state.
     """
     first: dict[str, Any] = {}
 
@@ -131,16 +130,11 @@ def discover(
         elif name in bounds:
             support = treedef.unflatten(bounds[name])
         else:
-            support = constraints.dependent
+            support = constraints.dependent(
+                is_discrete=found["discrete"], event_dim=found["support"].event_dim
+            )
         latents[name] = Latent(found["shape"], support, found["dtype"], found["free_shape"])
     return Found(**{**facts, "latents": latents, "declared": declared})
-
-
-def is_delta(fn: Any) -> bool:
-    """Whether a distribution is a point mass, wrapped or not."""
-    while (base := getattr(fn, "base_dist", None)) is not None:
-        fn = base
-    return isinstance(fn, dist.Delta)
 
 
 _UNIFORM: Any = init_to_uniform()
@@ -210,28 +204,18 @@ def _site_facts(sites: Trace) -> dict[str, Any]:
             observed.append(name)
             continue
         fn = site["fn"]
-        if getattr(fn.support, "is_discrete", False):
-            raise ValueError(
-                explain(
-                    "The program has a discrete latent.",
-                    expected="continuous latents",
-                    received=f"{type(fn).__name__} at site {name!r}",
-                    where=repr(name),
-                    hint="pass obs= if the site is data; else sum it out in the model "
-                    "(numpyro.distributions.MixtureSameFamily, or numpyro.factor with logsumexp). "
-                    "Enumeration and score-function estimators are not there yet",
-                )
-            )
         if site["infer"].get("is_auxiliary", False):
             auxiliary.append(name)
-        if is_delta(fn):
+        if is_point_mass(fn):
             deltas.append(name)
         shape = np.shape(site["value"])
+        discrete = getattr(fn.support, "is_discrete", False)
         latents[name] = {
             "shape": shape,
             "dtype": site["value"].dtype,
             "support": fn.support,
-            "free_shape": tuple(biject_to(fn.support).inverse_shape(shape)),
+            "discrete": discrete,
+            "free_shape": None if discrete else tuple(biject_to(fn.support).inverse_shape(shape)),
         }
     return {
         "latents": latents,

@@ -12,6 +12,8 @@ from numpyro.infer.util import compute_log_probs
 from vi_params._check import require_names
 from vi_params.interop.numpyro.call import bind
 from vi_params.interop.numpyro.discover import LOCK, discover, trace
+from vi_params.interop.numpyro.sites import sites_of
+from vi_params.sites import Site
 from vi_params.target import Target, build
 
 
@@ -22,7 +24,8 @@ def from_numpyro(model: Callable, *args: Any, **kwargs: Any) -> Target:
     argument names to arrays that is passed through jit; all other arguments are static: Python (and
     NumPy integer) scalars used as sizes, strings, callables. `numpyro.param` sites become
     `target.declared`; deterministic sites come back with `vi.draws`. Supports follow the model at
-    every evaluation where they depend on other latents or on the data.
+    every evaluation where they depend on other latents or on the data. Discrete latents stay: a
+    guide of one's own and an estimator that takes them (`vi.estimators.mixed()`) do the rest.
 
     Args:
         model: a NumPyro program; handlers such as `reparam`, `scale` and `mask` may wrap it.
@@ -33,8 +36,7 @@ def from_numpyro(model: Callable, *args: Any, **kwargs: Any) -> Target:
         A `Target`.
 
     Raises:
-        ValueError: a discrete latent, a subsampled plate or mutable state; the message names the
-            site.
+        ValueError: a subsampled plate or mutable state; the message names the site.
         TypeError: the model does not take these arguments, or needs the value of an array while it
             is traced.
 
@@ -62,6 +64,9 @@ def from_numpyro(model: Callable, *args: Any, **kwargs: Any) -> Target:
 
     def log_density(values: Any, latents: Any, data: Any) -> jax.Array:
         return sum(terms(values, latents, data).values(), start=jnp.zeros(()))
+
+    def sites(values: Any, latents: Any, data: Any) -> dict[str, Site]:
+        return sites_of(run({**values, **latents}, data))
 
     def deterministic(values: Any, latents: Any, data: Any) -> dict[str, jax.Array]:
         sites = run({**values, **latents}, data)
@@ -111,6 +116,7 @@ def from_numpyro(model: Callable, *args: Any, **kwargs: Any) -> Target:
         start=start,
         plates=found.plates,
         terms=terms,
+        sites=sites,
         constrain=constrain if dynamic else None,
         unconstrain=unconstrain if dynamic else None,
     )

@@ -13,9 +13,11 @@ from vi_params._check import explain
 from vi_params._tree import is_traced
 from vi_params.guide import Draw, Guide, key_noise, pick_own, sampler
 from vi_params.interop.numpyro.call import Call, bind
-from vi_params.interop.numpyro.discover import LOCK, Found, Trace, discover, is_delta, trace
+from vi_params.interop.numpyro.discover import LOCK, Found, Trace, discover, trace
+from vi_params.interop.numpyro.sites import StopGradient, sites_of
 from vi_params.params import constrain, init_params
 from vi_params.params.declare import Declared, normalise
+from vi_params.sites import Site, is_point_mass
 
 
 def numpyro_guide(
@@ -75,7 +77,7 @@ def numpyro_guide(
     def transform(params: Any, noise: jax.Array, data: Any = None) -> Draw:
         sites = run(params, data, noise)
         latents = {name: site["value"] for name, site in sites.items() if name not in hidden}
-        position = {n: site["value"] for n, site in sites.items() if not is_delta(site["fn"])}
+        position = {n: site["value"] for n, site in sites.items() if not is_point_mass(site["fn"])}
         return Draw(latents, _log_prob(sites), position)
 
     def rescore(params: Any, draw: Draw, data: Any = None) -> jax.Array:
@@ -94,12 +96,18 @@ def numpyro_guide(
             )
         return _log_prob(run(params, data, None, latents))
 
+    def sites(
+        params: Any, noise: jax.Array, data: Any = None, given: Mapping[str, Any] | None = None
+    ) -> dict[str, Site]:
+        with LOCK, StopGradient():
+            return sites_of(run(params, data, noise, given))
+
     def distributions(params: Any, data: Any = None) -> dict[str, Any]:
         sites = run(params, data, jax.random.key(0))
         return {
             name: site["fn"]
             for name, site in sites.items()
-            if name not in hidden and not is_delta(site["fn"])
+            if name not in hidden and not is_point_mass(site["fn"])
         }
 
     return Guide(
@@ -110,6 +118,7 @@ def numpyro_guide(
         noise=key_noise,
         transform=transform,
         distributions=distributions,
+        sites=sites,
         data=call.data or None,
         is_point=bool(found.latents) and set(found.deltas) == set(found.latents),
     )

@@ -1,0 +1,191 @@
+"""The bound by its terms, and which terms a latent can change.
+
+The ELBO of a program is a sum of terms, one for each site of the model and of the guide. A choice
+is answerable for those terms alone that depend on it, directly or through choices made after it
+(Schulman, Heess, Weber and Abbeel, 2015, theorem 1), and within a plate for those of its own row.
+Who depends on whom is read off the program as it is traced; that the rows of a plate are
+independent is what the plate says.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpyro.distributions import kl_divergence
+from numpyro.ops.provenance import eval_provenance
+
+from vi_params._tree import is_traced
+from vi_params.estimators.estimator import Problem, model_values_of, times
+from vi_params.sites import Site, Term, is_point_mass
+
+Key = tuple[str, str]
+"""What a term is: one of "model", "guide", "divergence", and the name of its site."""
+
+
+class Shares(NamedTuple):
+    """The sites of one draw, and the terms of its bound.
+
+    Attributes:
+        guide: the guide's sites, their plates filled in.
+        model: the target's sites.
+        terms: what the bound is the sum of.
+    """
+
+    guide: dict[str, Site]
+    model: dict[str, Site]
+    terms: dict[Key, Term]
+
+
+class Dependence(NamedTuple):
+    """Who depends on whom.
+
+    Attributes:
+        terms: term -> the guide's sites that it depends on, directly or through later choices.
+        priors: latent -> the same, for the parameters of its prior.
+    """
+
+    terms: dict[Key, frozenset[str]]
+    priors: dict[str, frozenset[str]]
+
+
+def shares_of(
+    problem: Problem,
+    params: Any,
+    noise: Any,
+    data: Any,
+    weight: Any = None,
+    given: Mapping[str, Any] | None = None,
+    exact: frozenset[str] = frozenset(),
+) -> Shares:
+    """The terms of the bound at a draw, those at `exact` sites as closed-form divergences."""
+    assert problem.guide.sites is not None
+    target = problem.target
+    q = dict(problem.guide.sites(params, noise, data, given or {}))
+    latents = {name: q[name].value for name in target.latents}
+    values = model_values_of(target, params)
+    if target.sites is None:
+        log_p = target.log_density(values, latents, data)
+        p = {"log_density": Site(None, log_p, None, {}, is_observed=True)}
+    else:
+        p = target.sites(values, latents, data)
+    q = {name: site._replace(plates=_plates(site, p.get(name))) for name, site in q.items()}
+    terms: dict[Key, Term] = {}
+    for name, site in p.items():
+        if name not in exact:
+            share = site.scale * site.log_prob
+            share = share if site.is_observed else times(weight, share)
+            terms["model", name] = _term(share, site)
+    for name, site in q.items():
+        if name in exact:
+            share = -site.scale * divergence(site, p[name])
+            terms["divergence", name] = _term(times(weight, share), site)
+        else:
+            terms["guide", name] = _term(times(weight, -site.scale * site.log_prob), site)
+    return Shares(q, p, terms)
+
+
+def dependence(run: Callable[[Mapping[str, Any]], Shares], guide: Mapping[str, Site]) -> Dependence:
+    """Who depends on whom, by what the traced program passes on.
+
+    Args:
+        run: the shares, with given values at the guide's sites.
+        guide: those sites, at a draw.
+    """
+    # eval_provenance takes marks as keywords, among names of its own.
+    marks = {f"site {name}": jnp.zeros_like(site.value) for name, site in guide.items()}
+
+    def outputs(**marks: Any) -> Any:
+        found = run({name: site.value + marks[f"site {name}"] for name, site in guide.items()})
+        return {
+            "terms": {key: term.value for key, term in found.terms.items()},
+            "choices": {name: site.log_prob for name, site in found.guide.items()},
+            "priors": {
+                name: list(map(jnp.asarray, jax.tree.leaves(site.distribution)))
+                for name, site in found.model.items()
+                if name in guide and site.distribution is not None
+            },
+        }
+
+    direct = jax.tree.map(
+        lambda names: frozenset(name.removeprefix("site ") for name in names),
+        eval_provenance(outputs, **marks),
+        is_leaf=lambda leaf: isinstance(leaf, frozenset),
+    )
+    above = _ancestors({name: found - {name} for name, found in direct["choices"].items()})
+
+    def closed(names: frozenset[str]) -> frozenset[str]:
+        return names.union(*(above[name] for name in names))
+
+    priors = {name: frozenset().union(*found) for name, found in direct["priors"].items()}
+    return Dependence(
+        {key: closed(names) for key, names in direct["terms"].items()},
+        {name: closed(names) for name, names in priors.items()},
+    )
+
+
+def exact_sites(problem: Problem, shares: Shares, depends: Dependence) -> frozenset[str]:
+    """The latents whose divergence from their prior has a closed form that holds here.
+
+    It is an expectation over the latent with its prior held fixed: the prior's parameters must not
+    depend on the latent, as they would through choices that the guide makes after it.
+    """
+    return frozenset(
+        name
+        for name in problem.target.latents
+        if name in shares.model
+        and not is_point_mass(shares.guide[name].distribution)
+        and name not in depends.priors.get(name, frozenset())
+        and _same(shares.guide[name].scale, shares.model[name].scale)
+        and divergence(shares.guide[name], shares.model[name]) is not None
+    )
+
+
+def divergence(q: Site, p: Site) -> Any:
+    """KL(q || p) in the shape of log q, where numpyro has it in closed form; None elsewhere."""
+    ours, theirs = q.distribution, p.distribution
+    extra = theirs.event_dim - ours.event_dim
+    shape = q.log_prob.shape[: q.log_prob.ndim - max(extra, 0)]
+    ours, theirs = ours.to_event(max(extra, 0)), theirs.to_event(max(-extra, 0))
+    try:
+        found = kl_divergence(ours, theirs)
+    except NotImplementedError:
+        return None
+    if jnp.shape(found) != shape:
+        return None
+    return jnp.expand_dims(found, tuple(range(-max(extra, 0), 0)))
+
+
+def _term(value: jax.Array, site: Site) -> Term:
+    rank = jnp.ndim(value)
+    return Term(value, {n: axis for n, axis in (site.plates or {}).items() if -axis <= rank})
+
+
+def _ancestors(parents: Mapping[str, frozenset[str]]) -> dict[str, frozenset[str]]:
+    """The transitive closure of a relation."""
+    above = dict(parents)
+    for _ in parents:
+        above = {
+            name: found.union(*(above[parent] for parent in found)) for name, found in above.items()
+        }
+    return above
+
+
+def _plates(site: Site, prior: Site | None) -> Mapping[str, int]:
+    """The plates of a guide's site: its own, or where it leaves them open those of its prior, whose
+    value has the same axes."""
+    if site.plates is not None:
+        return site.plates
+    if prior is None or prior.distribution is None:
+        return {}
+    shift = site.distribution.event_dim - prior.distribution.event_dim
+    moved = {name: axis + shift for name, axis in (prior.plates or {}).items()}
+    return {name: axis for name, axis in moved.items() if 0 > axis >= -site.log_prob.ndim}
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two scales are the same, as far as can be known while tracing."""
+    if a is b:
+        return True
+    return not is_traced(a, b) and bool(np.all(np.asarray(a) == np.asarray(b)))
