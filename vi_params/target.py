@@ -202,8 +202,8 @@ def flat(target: Target) -> FlatTarget:
                 expected="continuous latents",
                 received=f"discrete ones: {discrete}",
                 where="families of vi.guides, solvers, vi.flat",
-                hint="sum it out with vi.from_numpyro(..., enumerate=True); or a guide by hand, with "
-                "vi.elbo(..., estimator=vi.estimators.mixed()); or obs= if the site is data",
+                hint="sum it out with vi.from_numpyro(..., enumerate=True); or a guide by hand "
+                "with vi.elbo(..., estimator=vi.estimators.mixed()); or obs= if it is data",
             )
         )
     dim = sum(_sizes(target))
