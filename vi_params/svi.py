@@ -124,21 +124,24 @@ def svi(objective: Objective, optimizer: optax.GradientTransformation) -> SVI:
         )
     rule = optax.with_extra_args_support(optimizer)
 
-    def evaluate(params: Any, noise: Any, data: Any) -> tuple[jax.Array, Any, jax.Array]:
+    def evaluate(
+        params: Any, noise: Any, data: Any, at: jax.Array | None = None
+    ) -> tuple[jax.Array, Any, jax.Array]:
         """The loss, its gradient and the gradient's norm, finite only if all its entries are."""
-        (loss, _), grads = jax.value_and_grad(objective.evaluate, has_aux=True)(params, noise, data)
+        slope = jax.value_and_grad(objective.evaluate, has_aux=True)
+        (loss, _), grads = slope(params, noise, data, at)
         norm = jnp.sqrt(sum(jnp.sum(jnp.abs(g) ** 2) for g in jax.tree.leaves(grads)))
         return loss, grads, norm
 
     def propose(state: State, noise: Any, data: Any) -> tuple[State, Info]:
-        loss, grads, norm = evaluate(state.params, noise, data)
+        loss, grads, norm = evaluate(state.params, noise, data, state.step)
         updates, opt_state = rule.update(
             grads,
             state.opt_state,
             state.params,
             value=loss,
             grad=grads,
-            value_fn=lambda params: objective.evaluate(params, noise, data)[0],
+            value_fn=lambda params: objective.evaluate(params, noise, data, state.step)[0],
         )
         params = optax.apply_updates(state.params, updates)
         finite = all_finite(loss, norm, params)

@@ -73,7 +73,9 @@ def model_values_of(target: Target, params: Any) -> dict[str, Any]:
     return constrain(target.declared, pick(params, target.declared))
 
 
-def log_joint(target: Target, params: Any, latents: Any, data: Any, weight: Any) -> jax.Array:
+def log_joint(
+    target: Target, params: Any, latents: Any, data: Any, weight: Any = None
+) -> jax.Array:
     """log p(x | z) + weight log p(z); the target's log density where the weight is None."""
     values = model_values_of(target, params)
     if weight is None:

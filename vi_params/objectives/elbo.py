@@ -1,14 +1,16 @@
 """The evidence lower bound."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from vi_params._check import require_count, require_instance
-from vi_params._tree import abstract_key, merge
+from vi_params._check import explain, require_count, require_instance
+from vi_params._tree import abstract_key, is_traced, merge
 from vi_params.estimators import Estimator, pathwise
-from vi_params.estimators.estimator import Problem
+from vi_params.estimators.estimator import Problem, log_joint
 from vi_params.guide import Guide
 from vi_params.matching import joint_data, joint_declared, matched
 from vi_params.noise import Noise, iid
@@ -24,6 +26,7 @@ def elbo(
     estimator: Estimator | None = None,
     noise: Noise | None = None,
     batch_size: int | None = None,
+    kl_weight: float | Callable[[Any], Any] | None = None,
 ) -> Objective:
     """The evidence lower bound as an objective.
 
@@ -41,13 +44,21 @@ def elbo(
         noise: how the draws depend on each other: `vi.noise.iid()` (the default), ...
         batch_size: how many draws are evaluated at once; all of them where None. Fewer cap the
             memory at that of `batch_size` draws.
+        kl_weight: a factor b on the divergence from the prior, for a target of `vi.from_numpyro`:
+
+                loss = -(E log p(x | z) - b KL(q || prior)),
+
+            a number, or a schedule `step -> b` such as `optax.linear_schedule(0.0, 1.0, 1000)`,
+            which `vi.svi`, `vi.run` and `vi.fit` follow (Bowman et al., 2016, section 3.1; Higgins
+            et al., 2017, eq. 4). Where no step is given a schedule is at its end, b = 1: starts and
+            restarts are judged by the ELBO itself. A fit should not stop before its schedule ends.
 
     Returns:
-        An `Objective`; `aux.elbo` is the estimate, in nats.
+        An `Objective`; `aux.elbo` is the estimate, in nats, of the ELBO without `kl_weight`.
 
     Raises:
-        ValueError: target and guide declare the same name, their latents do not match, or the guide
-            lacks what the estimator needs.
+        ValueError: target and guide declare the same name, their latents do not match, the guide
+            lacks what the estimator needs, or the target what `kl_weight` needs.
 
     Example:
         >>> target = vi.target(lambda v, z, d: -0.5 * jnp.sum(z["z"] ** 2), {"z": vi.Latent((2,))})
@@ -67,7 +78,8 @@ def elbo(
     scheme = noise or iid()
     require_instance(scheme, Noise, "vi.noise.antithetic()", "vi.elbo, noise")
     guide = matched(target, guide)
-    problem = Problem(target, guide, num_particles, scheme)
+    _require_weight(target, kl_weight)
+    problem = Problem(target, guide, num_particles, scheme, weighted=kl_weight is not None)
     estimate = estimator.build(problem)
     declared = merge(
         joint_declared(target, guide),
@@ -80,19 +92,33 @@ def elbo(
         abstract_key(),
     )
 
-    def evaluate(params: Any, noise: Any, data: Any) -> tuple[jax.Array, Aux]:
-        def term(one: Any) -> Any:
-            return estimate.term(params, one, data, None)
-
+    def mean(f: Callable[[Any], Any], bound: Callable[[Any], jax.Array], noise: Any) -> jax.Array:
+        """What `bound` makes of `f` at all draws."""
         if num_particles == 1:
-            one = term(jax.tree.map(lambda leaf: leaf[0], noise))
-            terms = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], one)
-        elif batch_size is None or batch_size >= num_particles:
-            terms = jax.vmap(term)(noise)
-        else:  # without checkpoint the gradient would keep what every batch computed
-            terms = jax.lax.map(jax.checkpoint(term), noise, batch_size=batch_size)
-        bound = estimate.bound(params, terms, data)
-        return -bound, Aux(bound)
+            one = f(jax.tree.map(lambda leaf: leaf[0], noise))
+            return bound(jax.tree.map(lambda leaf: leaf[None], one))
+        if batch_size is None or batch_size >= num_particles:
+            return bound(jax.vmap(f)(noise))
+        # Without the checkpoint the gradient would keep what every batch computed.
+        return bound(jax.lax.map(jax.checkpoint(f), noise, batch_size=batch_size))
+
+    def plain(params: Any, noise: Any, data: Any) -> jax.Array:
+        draw = guide.transform(params, noise, data)
+        return log_joint(target, params, draw.latents, data) - draw.log_prob
+
+    def evaluate(params: Any, noise: Any, data: Any, step: Any = None) -> tuple[jax.Array, Aux]:
+        weight = kl_weight
+        if callable(kl_weight):
+            weight = None if step is None else kl_weight(step)
+        bound = mean(
+            lambda one: estimate.term(params, one, data, weight),
+            lambda terms: estimate.bound(params, terms, data),
+            noise,
+        )
+        if weight is None:
+            return -bound, Aux(bound)
+        fixed = jax.lax.stop_gradient(params)
+        return -bound, Aux(mean(lambda one: plain(fixed, one, data), jnp.mean, noise))
 
     return objective(
         declared,
@@ -101,4 +127,31 @@ def elbo(
         evaluate,
         target,
         guide,
+        scheduled=True,
     )
+
+
+def _require_weight(target: Target, kl_weight: Any) -> None:
+    """Raises unless the divergence from the prior can be told from the rest, and weighed so."""
+    if kl_weight is None:
+        return
+    fixed = not callable(kl_weight) and not is_traced(kl_weight)
+    if fixed and not (np.ndim(kl_weight) == 0 and np.all(np.asarray(kl_weight, float) >= 0)):
+        raise ValueError(
+            explain(
+                "A weight must not be negative.",
+                expected="a number >= 0, or a schedule step -> number",
+                received=repr(kl_weight),
+                where="vi.elbo, kl_weight",
+            )
+        )
+    if target.sites is None:
+        raise ValueError(
+            explain(
+                "The target does not tell its prior from its likelihood.",
+                expected="a target of vi.from_numpyro, whose observed sites are the likelihood",
+                received="a log density that is one function",
+                where="vi.elbo, kl_weight",
+                hint="write the model as a NumPyro program; numpyro.factor counts as observed",
+            )
+        )

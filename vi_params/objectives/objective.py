@@ -27,10 +27,12 @@ class Objective(NamedTuple):
 
     Attributes:
         declared: the parameters of target and guide together.
-        loss: `(params, key, data=default) -> (loss, aux)`, pure; `evaluate` at `noise(key)`.
+        loss: `(params, key, data=default, step=None) -> (loss, aux)`, pure; `evaluate` at
+            `noise(key)`.
         data: the default data, handed through jit as an argument by the drivers.
         noise: `key -> noise`, all the randomness of one evaluation.
-        evaluate: `(params, noise, data) -> (loss, aux)`.
+        evaluate: `(params, noise, data, step=None) -> (loss, aux)`; the number of the step matters
+            to a loss that follows a schedule, and None stands for the end of it.
         target: what is approximated.
         guide: by what.
     """
@@ -39,7 +41,7 @@ class Objective(NamedTuple):
     loss: Callable[..., tuple[jax.Array, Any]]
     data: Any
     noise: Callable[[jax.Array], Any]
-    evaluate: Callable[[Any, Any, Any], tuple[jax.Array, Any]]
+    evaluate: Callable[..., tuple[jax.Array, Any]]
     target: Target
     guide: Guide
 
@@ -48,22 +50,30 @@ def objective(
     declared: Declared,
     data: Any,
     noise: Callable[[jax.Array], Any],
-    evaluate: Callable[[Any, Any, Any], tuple[jax.Array, Any]],
+    evaluate: Callable[..., tuple[jax.Array, Any]],
     target: Target,
     guide: Guide,
+    *,
+    scheduled: bool = False,
 ) -> Objective:
-    """An `Objective` whose parameters and data are checked whenever it is traced."""
+    """An `Objective` whose parameters and data are checked whenever it is traced.
+
+    Where it is `scheduled`, `evaluate` takes the number of the step as a fourth argument.
+    """
     structure = jax.tree.structure(data)
 
-    def checked(params: Any, noise: Any, data: Any) -> tuple[jax.Array, Any]:
+    def checked(params: Any, noise: Any, data: Any, step: Any = None) -> tuple[jax.Array, Any]:
         require_names(list(params), list(declared), what="params", where="objective")
         if structure.num_leaves:
             require_structure(structure, data)
-        return evaluate(params, noise, data)
+        at = (step,) if scheduled else ()
+        return evaluate(params, noise, data, *at)
 
-    def loss(params: Any, key: jax.Array, data_: Any = None) -> tuple[jax.Array, Any]:
+    def loss(
+        params: Any, key: jax.Array, data_: Any = None, step: Any = None
+    ) -> tuple[jax.Array, Any]:
         require_key(key, "objective.loss")
-        return checked(params, noise(key), data if data_ is None else data_)
+        return checked(params, noise(key), data if data_ is None else data_, step)
 
     return Objective(declared, loss, data, noise, checked, target, guide)
 
