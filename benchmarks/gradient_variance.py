@@ -7,10 +7,13 @@ the same unconstrained coordinates, at the start and after a short fit. For ever
 gradient the ratio of variances (ours over NumPyro's) is estimated with a standard error from blocks
 of draws. The table has its median and its largest value over the components, and how many of them
 are above one by more than four standard errors; components that do not vary for either are left
-out. Sticking the landing is there to show both its sides: it promises no variance at the optimum of
-a family that holds the posterior, and has much of it far from there. Means are compared too: the largest difference in standard errors. Prints one table and writes
-JSON. Eight schools is fitted by NumPyro's AutoNormal; `mixture` has discrete labels in a plate and
-a global switch; `chain` has choices that depend on choices.
+out. Means are compared too: the largest difference in standard errors. Prints one table and writes
+JSON.
+
+Eight schools is fitted by NumPyro's AutoNormal; `mixture` has discrete labels in a plate and a
+global switch; `chain` has choices that depend on choices. Sticking the landing is there to show
+both its sides: it promises no variance at the optimum of a family that holds the posterior, and has
+much of it far from there.
 """
 
 import argparse

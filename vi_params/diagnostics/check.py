@@ -50,6 +50,7 @@ def check(target: Target, key: jax.Array, data: Any = None) -> Check:
 
     Raises:
         TypeError: `key` is not a typed key.
+        ValueError: a latent is discrete, so that there is no unconstrained space to start in.
 
     Example:
         >>> target = vi.target(lambda v, z, d: jnp.log(z["z"]), {"z": vi.Latent(())})
@@ -96,7 +97,9 @@ def check_objective(objective: Objective, params: Any, key: jax.Array, data: Any
 
 
 def _look(target: Target, values: Any, latents: Any, data: Any) -> tuple[Any, Any, Any]:
-    gradient = jax.grad(lambda z: target.log_density(values, z, data))(latents)
+    smooth = {name: z for name, z in latents.items() if not target.latents[name].is_discrete}
+    gradient = jax.grad(lambda z: target.log_density(values, latents | z, data))(smooth)
+    gradient = jax.tree.map(jnp.zeros_like, latents) | gradient
     return latents, gradient, target.terms(values, latents, data)
 
 

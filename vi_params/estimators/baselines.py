@@ -139,21 +139,31 @@ def bound_of(
     level = baseline.value(values, costs, data)
     zero = jnp.zeros(())
     for name, cost in costs.items():
+        if not baseline.compares:
+            _require_shape(level[name], cost.shape[1:], f"site {name!r}, {baseline.name}")
         gap = cost - level[name]
-        if gap.shape != cost.shape:
-            raise ValueError(
-                explain(
-                    "A baseline has the wrong shape.",
-                    expected=f"a shape that broadcasts to {cost.shape[1:]}",
-                    received=f"shape {jnp.shape(level[name])}",
-                    where=f"site {name!r}, vi.estimators.{baseline.name}",
-                )
-            )
         score = jnp.sum(jax.lax.stop_gradient(gap) * scored.log_probs[name])
         misfit = 0.5 * jnp.sum(gap**2) if declared else 0.0
         share = (score - misfit) / cost.shape[0]
         zero = zero + share - jax.lax.stop_gradient(share)
     return jnp.mean(scored.bound) + zero
+
+
+def _require_shape(level: Any, shape: tuple[int, ...], where: str) -> None:
+    """Raises unless a baseline broadcasts to the costs of one draw."""
+    try:
+        fits = jnp.broadcast_shapes(jnp.shape(level), shape) == shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            explain(
+                "A baseline has the wrong shape.",
+                expected=f"a number, or a shape that broadcasts to {shape}",
+                received=f"shape {jnp.shape(level)}",
+                where=where,
+            )
+        )
 
 
 def require_comparable(baseline: Baseline, num_particles: int, noise: Noise, name: str) -> None:
