@@ -117,6 +117,61 @@ def test_costs_are_those_downstream():
     assert np.all(np.abs(one - two) > 1.0)
 
 
+def joined(x):
+    """Rows of bits whose sum every observation sees."""
+    with numpyro.plate("rows", 2):
+        k = numpyro.sample("k", dist.Bernoulli(0.3))
+    total = k.sum()
+    with numpyro.plate("rows", 2):
+        numpyro.sample("x", dist.Normal(total, 1.0), obs=x)
+
+
+def through(x):
+    """Rows of bits that the observations see through one normal latent."""
+    with numpyro.plate("rows", 2):
+        k = numpyro.sample("k", dist.Bernoulli(0.3))
+    z = numpyro.sample("z", dist.Normal(k.sum(), 1.0))
+    with numpyro.plate("rows", 2):
+        numpyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def through_guide(v):
+    with numpyro.plate("rows", 2):
+        k = numpyro.sample("k", dist.Bernoulli(logits=v["k"]))
+    numpyro.sample("z", dist.Normal(k.sum(), 1.0))
+
+
+def exact_joined(p, spread):
+    """The ELBO of `joined` (spread 0), and of `through` (spread 1) with its guide at z ~ p."""
+    total = 0.0
+    for bits in itertools.product([0, 1], repeat=2):
+        k = jnp.array(bits)
+        log_q = dist.Bernoulli(logits=p["k"]).log_prob(k).sum()
+        log_p = dist.Bernoulli(0.3).log_prob(k).sum()
+        log_p += (dist.Normal(k.sum(), 1.0).log_prob(X) - spread / 2).sum()
+        total += jnp.exp(log_q) * (log_p - log_q)
+    return total
+
+
+@pytest.mark.parametrize("name", ["mixed", "enumerate"])
+@pytest.mark.parametrize("model", [joined, through])
+def test_rows_that_meet_again(model, name):
+    """A plate does not keep rows apart for ever: where one reaches another row's term by a sum
+    over rows, or through a latent outside the plate, it answers for that term too."""
+    target = vi.from_numpyro(model, X)
+    declared = {"k": jnp.array([-0.3, 0.8])}
+    if model is joined:
+        guide = vi.guide(declared, lambda v: {"k": dist.Bernoulli(logits=v["k"])})
+    else:
+        guide = vi.numpyro_guide(through_guide, declared=declared)
+    params = vi.init_params(guide.declared, jax.random.key(0))
+    estimator = {"mixed": E.mixed(), "enumerate": E.enumerate()}[name]
+    objective = vi.elbo(target, guide, num_particles=2, estimator=estimator)
+    found, error = mean_gradient(objective, params, 50_000, jax.random.key(1))
+    exact = jax.grad(exact_joined)(params, float(model is through))
+    assert np.all(np.abs(found["k"] - exact["k"]) < 4 * error["k"] + 1e-5)
+
+
 def test_divergence_is_sampled_where_its_prior_moves():
     """A guide that draws z's parent after z: KL(q(z) || p(z | parent)) is no part of the bound, and
     analytic_kl must see it. The gradient is that of the exact ELBO (closed form)."""

@@ -124,9 +124,7 @@ def svi(objective: Objective, optimizer: optax.GradientTransformation) -> SVI:
         )
     rule = optax.with_extra_args_support(optimizer)
 
-    def evaluate(
-        params: Any, noise: Any, data: Any, at: jax.Array | None = None
-    ) -> tuple[jax.Array, Any, jax.Array]:
+    def evaluate(params: Any, noise: Any, data: Any, at: Any = None) -> tuple:
         """The loss, its gradient and the gradient's norm, finite only if all its entries are."""
         slope = jax.value_and_grad(objective.evaluate, has_aux=True)
         (loss, _), grads = slope(params, noise, data, at)

@@ -19,7 +19,8 @@ from vi_params.estimators.estimator import (
     require_reparameterised,
 )
 from vi_params.estimators.pathwise import pathwise
-from vi_params.estimators.shares import Dependence, Shares, dependence, shares_of
+from vi_params.estimators.rows import joined_rows
+from vi_params.estimators.shares import Dependence, Shares, dependence, plates_between, shares_of
 from vi_params.matching import guide_sites
 from vi_params.sites import Site, Term, plates_in_order, spread, sum_onto
 
@@ -79,6 +80,8 @@ def enumerate(*, max_assignments: int = 4096) -> Estimator:
         sites = guide_sites(problem.target, problem.guide)
         finite = [name for name, site in sites.items() if _is_finite(site)]
         require_reparameterised(problem, "enumerate", besides=finite)
+        if finite:
+            problem = problem._replace(joined=joined_rows(problem))
 
         def term(params: Any, noise: Any, data: Any, weight: Any = None) -> jax.Array:
             def run(given: Any = None) -> Shares:
@@ -149,11 +152,15 @@ def _choices(
     supports, rows, free = {}, {}, {}
     for name in finite:
         site = drawn.guide[name]
-        joined = [term for key, term in drawn.terms.items() if name in depends.terms[key]]
+        shared = [
+            plates_between(name, key, drawn, depends)
+            for key in drawn.terms
+            if name in depends.terms[key]
+        ]
         rows[name] = {
             plate: axis
             for plate, axis in (site.plates or {}).items()
-            if all(plate in term.plates for term in joined)
+            if all(plate in plates for plates in shared)
         }
         supports[name] = jnp.ravel(_element(site.distribution).enumerate_support(expand=False))
         free[name] = list(np.shape(site.value))

@@ -26,6 +26,7 @@ class Problem(NamedTuple):
         num_particles: how many draws an evaluation has.
         noise: how they depend on each other.
         weighted: whether the divergence from the prior has a weight other than one.
+        joined: the terms of the bound, each with a plate, whose rows do not go their own ways.
     """
 
     target: Target
@@ -33,6 +34,7 @@ class Problem(NamedTuple):
     num_particles: int
     noise: Noise
     weighted: bool = False
+    joined: frozenset[Any] = frozenset()
 
 
 class Estimate(NamedTuple):

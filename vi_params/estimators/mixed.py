@@ -9,6 +9,7 @@ from vi_params._check import explain
 from vi_params.estimators.baselines import Baseline, Scored, leave_one_out, require_comparable
 from vi_params.estimators.estimator import Estimate, Estimator, Problem
 from vi_params.estimators.pathwise import pathwise
+from vi_params.estimators.rows import joined_rows
 from vi_params.estimators.score import scoring
 from vi_params.estimators.shares import (
     Dependence,
@@ -16,10 +17,11 @@ from vi_params.estimators.shares import (
     Shares,
     dependence,
     exact_sites,
+    plates_between,
     shares_of,
 )
 from vi_params.matching import guide_sites
-from vi_params.sites import Site, Term, plates_in_order, spread, sum_onto
+from vi_params.sites import Term, plates_in_order, spread, sum_onto
 
 
 def mixed(*, baseline: Baseline | None = None) -> Estimator:
@@ -123,6 +125,7 @@ def _by_site(problem: Problem, baseline: Baseline, name: str, *, analytic: bool)
     scored = [name for name, site in sites.items() if not site.has_gradient]
     if scored:
         require_comparable(baseline, problem.num_particles, problem.noise, name)
+        problem = problem._replace(joined=joined_rows(problem))
 
     def term(params: Any, noise: Any, data: Any, weight: Any = None) -> Scored:
         def run(given: Any = None, exact: frozenset[str] = frozenset()) -> Shares:
@@ -139,7 +142,7 @@ def _by_site(problem: Problem, baseline: Baseline, name: str, *, analytic: bool)
         return Scored(
             _total(found.terms, scored),
             {name: found.guide[name].log_prob for name in scored},
-            {name: _cost(name, found.guide[name], found.terms, depends) for name in scored},
+            {name: _cost(name, found, depends) for name in scored},
         )
 
     return scoring(problem, term, baseline)
@@ -156,15 +159,18 @@ def _total(terms: dict[Key, Term], scored: Any) -> jax.Array:
     return total
 
 
-def _cost(name: str, site: Site, terms: dict[Key, Term], depends: Dependence) -> jax.Array:
+def _cost(name: str, shares: Shares, depends: Dependence) -> jax.Array:
     """What one choice is answerable for, row by row, broadcasting against its log q."""
+    site = shares.guide[name]
     rank = site.log_prob.ndim
     plates = {plate: axis for plate, axis in (site.plates or {}).items() if -axis <= rank}
     rows = plates_in_order(plates)
     cost = jnp.zeros((1,) * rank)
-    for key, term in terms.items():
+    for key, term in shares.terms.items():
         if key == ("guide", name):  # log q of batch elements that are in no plate: each its own
             cost = cost + term.value
         elif name in depends.terms[key]:
-            cost = cost + spread(sum_onto(term.value, term.plates, rows), plates, rank)
+            own = plates_between(name, key, shares, depends)
+            axes = {plate: axis for plate, axis in term.plates.items() if plate in own}
+            cost = cost + spread(sum_onto(term.value, axes, rows), plates, rank)
     return cost

@@ -2,9 +2,8 @@
 
 The ELBO of a program is a sum of terms, one for each site of the model and of the guide. A choice
 is answerable for those terms alone that depend on it, directly or through choices made after it
-(Schulman, Heess, Weber and Abbeel, 2015, theorem 1), and within a plate for those of its own row.
-Who depends on whom is read off the program as it is traced; that the rows of a plate are
-independent is what the plate says.
+(Schulman, Heess, Weber and Abbeel, 2015, theorem 1), and within a plate for those of its own row,
+as far as the rows go their own ways. Who depends on whom is read off the program as it is traced.
 """
 
 from collections.abc import Callable, Mapping
@@ -44,10 +43,12 @@ class Dependence(NamedTuple):
     Attributes:
         terms: term -> the guide's sites that it depends on, directly or through later choices.
         priors: latent -> the same, for the parameters of its prior.
+        above: site of the guide -> the sites that it depends on.
     """
 
     terms: dict[Key, frozenset[str]]
     priors: dict[str, frozenset[str]]
+    above: dict[str, frozenset[str]]
 
 
 def shares_of(
@@ -76,13 +77,15 @@ def shares_of(
         if name not in exact:
             share = site.scale * site.log_prob
             share = share if site.is_observed else times(weight, share)
-            terms["model", name] = _term(share, site)
+            terms["model", name] = _term(share, site, ("model", name), problem)
     for name, site in q.items():
         if name in exact:
             share = -site.scale * divergence(site, p[name])
-            terms["divergence", name] = _term(times(weight, share), site)
+            key = ("divergence", name)
         else:
-            terms["guide", name] = _term(times(weight, -site.scale * site.log_prob), site)
+            share = -site.scale * site.log_prob
+            key = ("guide", name)
+        terms[key] = _term(times(weight, share), site, key, problem)
     return Shares(q, p, terms)
 
 
@@ -122,7 +125,18 @@ def dependence(run: Callable[[Mapping[str, Any]], Shares], guide: Mapping[str, S
     return Dependence(
         {key: closed(names) for key, names in direct["terms"].items()},
         {name: closed(names) for name, names in priors.items()},
+        above,
     )
+
+
+def plates_between(name: str, key: Key, shares: Shares, depends: Dependence) -> frozenset[str]:
+    """The plates in which a row of a choice concerns that row of a term alone: those of both, and
+    of all choices through which the one may reach the other."""
+    between = [other for other in depends.terms[key] if name in depends.above[other]]
+    plates = frozenset(shares.terms[key].plates)
+    for other in (name, *between):
+        plates &= frozenset(shares.guide[other].plates or {})
+    return plates
 
 
 def exact_sites(problem: Problem, shares: Shares, depends: Dependence) -> frozenset[str]:
@@ -157,9 +171,14 @@ def divergence(q: Site, p: Site) -> Any:
     return jnp.expand_dims(found, tuple(range(-max(extra, 0), 0)))
 
 
-def _term(value: jax.Array, site: Site) -> Term:
-    rank = jnp.ndim(value)
-    return Term(value, {n: axis for n, axis in (site.plates or {}).items() if -axis <= rank})
+def _term(value: jax.Array, site: Site, key: Key, problem: Problem) -> Term:
+    """A term, in those of its site's plates whose rows go their own ways."""
+    plates = {
+        name: axis
+        for name, axis in (site.plates or {}).items()
+        if -axis <= jnp.ndim(value) and (key, name) not in problem.joined
+    }
+    return Term(value, plates)
 
 
 def _ancestors(parents: Mapping[str, frozenset[str]]) -> dict[str, frozenset[str]]:
