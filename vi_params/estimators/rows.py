@@ -50,8 +50,9 @@ def joined_rows(problem: Problem) -> frozenset[tuple[Key, str]]:
         for plate in sorted({name for site in here.guide.values() for name in site.plates or {}}):
             given = {name: site.value for name, site in here.guide.items()}
             for name, site in here.guide.items():
-                if plate in (site.plates or {}):
-                    axis = site.plates[plate] - site.distribution.event_dim
+                plates = site.plates or {}
+                if plate in plates:
+                    axis = plates[plate] - site.distribution.event_dim
                     is_row = _is_row(row, jnp.shape(site.value), axis)
                     given[name] = jnp.where(is_row, there.guide[name].value, site.value)
             moved = at(of_draws[0], given)

@@ -135,8 +135,8 @@ def _require_weight(target: Target, kl_weight: Any) -> None:
     """Raises unless the divergence from the prior can be told from the rest, and weighed so."""
     if kl_weight is None:
         return
-    fixed = not callable(kl_weight) and not is_traced(kl_weight)
-    if fixed and not (np.ndim(kl_weight) == 0 and np.all(np.asarray(kl_weight, float) >= 0)):
+    number: Any = 1.0 if callable(kl_weight) or is_traced(kl_weight) else kl_weight
+    if np.ndim(number) != 0 or not np.all(np.asarray(number, float) >= 0):
         raise ValueError(
             explain(
                 "A weight must not be negative.",
