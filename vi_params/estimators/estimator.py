@@ -120,15 +120,16 @@ def require_reparameterised(
     sites = guide_sites(problem.target, problem.guide)
     stuck = [n for n in without_gradient(problem.target, problem.guide) if n not in besides]
     if stuck:
-        kinds = {name: type(sites[name].distribution).__name__ for name in stuck}
-        finite = all(sites[name].distribution.has_enumerate_support for name in stuck)
+        kinds = [f"{type(sites[n].distribution).__name__} at {n!r}" for n in stuck if n in sites]
+        finite = sites and all(sites[n].distribution.has_enumerate_support for n in stuck)
+        scored = "vi.estimators.mixed() takes the score function there"
+        hint = f"estimator={scored if sites else 'vi.estimators.score()'}"
         raise ValueError(
             explain(
                 "The guide draws a latent from a distribution that is not reparameterised.",
                 expected="distributions with has_rsample",
-                received=", ".join(f"{kind} at {name!r}" for name, kind in kinds.items()),
+                received=", ".join(kinds) or f"a family that is not, at {stuck}",
                 where=f"vi.elbo, estimator {estimator}",
-                hint="estimator=vi.estimators.mixed() takes the score function there"
-                + (", vi.estimators.enumerate() the exact sum" if finite else ""),
+                hint=hint + (", vi.estimators.enumerate() the exact sum" if finite else ""),
             )
         )

@@ -10,7 +10,7 @@ from vi_params.estimators.baselines import Baseline, Scored, leave_one_out, requ
 from vi_params.estimators.estimator import Estimate, Estimator, Problem
 from vi_params.estimators.pathwise import pathwise
 from vi_params.estimators.rows import joined_rows
-from vi_params.estimators.score import scoring
+from vi_params.estimators.score import score, scoring
 from vi_params.estimators.shares import (
     Dependence,
     Key,
@@ -41,7 +41,7 @@ def mixed(*, baseline: Baseline | None = None) -> Estimator:
         baseline: as in `score`; it is asked for only where a latent is scored.
 
     Returns:
-        An `Estimator`. For a family it is `pathwise`.
+        An `Estimator`. For a family it is `pathwise`, or `score` where a draw has no gradient.
 
     Raises:
         ValueError: when built into an objective: a leave-one-out baseline with one particle.
@@ -63,7 +63,8 @@ def mixed(*, baseline: Baseline | None = None) -> Estimator:
 
     def build(problem: Problem) -> Estimate:
         if problem.guide.sites is None:
-            return pathwise().build(problem)
+            whole = pathwise() if problem.guide.is_reparameterised else score(baseline=baseline)
+            return whole.build(problem)
         return _by_site(problem, baseline, "mixed", analytic=False)
 
     return Estimator("mixed", build)
