@@ -17,7 +17,7 @@ from vi_params.diagnostics import Check, Diagnosis, check, diagnose, draws, resa
 from vi_params.fitting import Fit, Progress, Status, fit
 from vi_params.guide import Draw, Guide, guide
 from vi_params.interop.numpyro import from_numpyro, numpyro_guide
-from vi_params.objectives import Objective, elbo
+from vi_params.objectives import Measure, Objective, cubo, elbo, iwae, renyi
 from vi_params.params import (
     Latent,
     Param,
@@ -48,6 +48,7 @@ __all__ = [
     "Guide",
     "Info",
     "Latent",
+    "Measure",
     "NutsStart",
     "Objective",
     "Param",
@@ -65,6 +66,7 @@ __all__ = [
     "check",
     "constrain",
     "constrain_with_log_det",
+    "cubo",
     "describe",
     "diagnose",
     "diagnostics",
@@ -78,6 +80,7 @@ __all__ = [
     "guide",
     "guides",
     "init_params",
+    "iwae",
     "labels",
     "linear_response",
     "load_params",
@@ -86,6 +89,7 @@ __all__ = [
     "numpyro_guide",
     "objectives",
     "put_rows",
+    "renyi",
     "resample",
     "run",
     "save_params",

@@ -84,16 +84,17 @@ def check(target: Target, key: jax.Array, data: Any = None) -> Check:
 
 def check_objective(objective: Objective, params: Any, key: jax.Array, data: Any) -> Check:
     """The target at a draw of the guide: what makes a start invalid."""
+    target, guide = objective.target, objective.guide
+    if target is None or guide is None:  # samples alone: there is no density to look at
+        return Check(True, float("nan"), Table(("kind", "name", "value", "gradient"), ()), ())
 
     @jax.jit
     def at_draw(params: Any, key: jax.Array, data: Any) -> Any:
-        values = constrain(
-            objective.target.declared, {n: params[n] for n in objective.target.declared}
-        )
-        latents = objective.guide.sample(params, key, data).latents
-        return _look(objective.target, values, latents, data)
+        values = constrain(target.declared, {n: params[n] for n in target.declared})
+        latents = guide.sample(params, key, data).latents
+        return _look(target, values, latents, data)
 
-    return _report(objective.target, at_draw(params, key, data), [])
+    return _report(target, at_draw(params, key, data), [])
 
 
 def _look(target: Target, values: Any, latents: Any, data: Any) -> tuple[Any, Any, Any]:

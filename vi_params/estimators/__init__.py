@@ -9,6 +9,7 @@ from vi_params.estimators.baselines import (
 )
 from vi_params.estimators.enumerate import enumerate
 from vi_params.estimators.estimator import Estimate, Estimator, Problem
+from vi_params.estimators.importance import doubly_reparameterised, vimco
 from vi_params.estimators.mixed import analytic_kl, mixed
 from vi_params.estimators.pathwise import closed_form_entropy, pathwise, sticking_the_landing
 from vi_params.estimators.score import score
@@ -21,6 +22,7 @@ __all__ = [
     "analytic_kl",
     "closed_form_entropy",
     "decaying_average",
+    "doubly_reparameterised",
     "enumerate",
     "learned_baseline",
     "leave_one_out",
@@ -29,4 +31,5 @@ __all__ = [
     "pathwise",
     "score",
     "sticking_the_landing",
+    "vimco",
 ]

@@ -21,7 +21,7 @@ from vi_params.fitting.lanes import CONVERGED, INVALID, RUNNING, STUCK, Lanes, P
 from vi_params.fitting.optimizer import default_optimizer
 from vi_params.fitting.result import Final, Fit, Progress, Status, assemble
 from vi_params.fitting.stopping import Stopping, plateau
-from vi_params.objectives.objective import Objective, resolve
+from vi_params.objectives.objective import Measure, Objective, resolve
 from vi_params.params import init_params
 from vi_params.svi import TRIES, require_params
 
@@ -66,7 +66,8 @@ def fit(
         num_steps: how many steps to make at most.
         data: the data; the objective's own where None.
         restarts: how many starts to fit.
-        stop: when to stop before `num_steps`: `vi.stopping.plateau()` by default, or
+        stop: when to stop before `num_steps`: `vi.stopping.plateau()` by default (its tolerance
+            that of the objective's measure), or
             `vi.stopping.never()`.
         progress: whether to show a progress bar.
         params: unconstrained parameters to start from, for one restart.
@@ -74,7 +75,7 @@ def fit(
             True ends the fit.
 
     Returns:
-        A `Fit`: the restart with the highest ELBO under common random numbers, and all others.
+        A `Fit`: the restart with the lowest loss under common random numbers, and all others.
         Ctrl-C ends the fit and returns what was reached.
 
     Raises:
@@ -106,7 +107,8 @@ def fit(
                 )
             )
         require_params(objective, params)
-    stop = stop or plateau()
+    measure = objective.measure
+    stop = stop or plateau(tolerance=measure.tolerance)
     optimizer = default_optimizer() if optimizer is None else optimizer
     compiled: Programs = program(programs, objective, restarts, alike=(optimizer, stop))
 
@@ -115,7 +117,7 @@ def fit(
     _require_valid(objective, lanes, start_keys, params, data)
 
     lanes, losses, interrupted = _loop(
-        compiled, stop, lanes, step_keys, num_steps, data, progress, callbacks
+        compiled, stop, lanes, step_keys, num_steps, data, progress, callbacks, measure
     )
     statuses = [OUTCOMES[int(outcome)] for outcome in np.asarray(lanes.outcome)]
     if interrupted:
@@ -127,7 +129,7 @@ def fit(
         final = Final(*(np.asarray(x) for x in compared))
     else:
         final = _tail(losses)
-    return assemble(lanes.state, losses, statuses, np.asarray(lanes.skipped), final)
+    return assemble(lanes.state, losses, statuses, np.asarray(lanes.skipped), final, measure)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -147,6 +149,7 @@ def _loop(
     data: Any,
     progress: bool,
     callbacks: Sequence[Callable[[Progress], Any]],
+    measure: Measure,
 ) -> tuple[Lanes, np.ndarray, bool]:
     """Calls until all steps are made, all restarts have stopped, or someone wants to end.
 
@@ -181,7 +184,7 @@ def _loop(
                 count = _next_count(count, now - before, stop.every, compiled.capacity)
                 before = now
                 bar.update(int(made))
-                bar.set_postfix_str(_postfix(record, running), refresh=False)
+                bar.set_postfix_str(_postfix(record, running, measure), refresh=False)
                 stopped = [
                     _is_true(callback(Progress(read, record, running))) for callback in callbacks
                 ]
@@ -206,14 +209,14 @@ def _next_count(count: int, seconds: float, every: int, capacity: int) -> int:
     return min(capacity, max(1, round(wanted / every)) * every)
 
 
-def _postfix(record: np.ndarray, running: np.ndarray) -> str:
-    """The best lane's recent ELBO, and how many restarts go on."""
+def _postfix(record: np.ndarray, running: np.ndarray, measure: Measure) -> str:
+    """The best lane's recent ELBO (or other measure), and how many restarts go on."""
     recent = record[:, -100:]
     known = np.isfinite(recent)
     if not known.any():
         return ""
     means = [np.mean(row[ok]) for row, ok in zip(recent, known, strict=True) if ok.any()]
-    text = f"ELBO {-min(means):.2f}"
+    text = f"{measure.name} {measure.of(min(means)):.2f}"
     return f"{text}, {running.sum()} of {len(running)} running" if len(running) > 1 else text
 
 

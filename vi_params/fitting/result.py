@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from vi_params._table import Table
+from vi_params.objectives.objective import ELBO, Measure
 from vi_params.svi import State
 
 
@@ -48,14 +49,16 @@ class Fit:
         status: how it ended.
         steps: how many steps it made.
         skipped: how many of them were not taken because something was not finite.
-        elbo: minus its loss at the end, in nats: by common random numbers where there were several
-            restarts, else the average over the last steps.
+        elbo: minus its loss at the end, in nats, which is the ELBO where that is what was fitted:
+            by common random numbers where there were several restarts, else the average over the
+            last steps.
         elbo_se: the standard error of `elbo`.
         best: which restart it was.
         restarts: a table of all restarts.
         message: how it went, in words.
         all_states: the states of all restarts, leading axis the restarts.
         all_losses: their losses, shape `(restarts, steps)`, NaN after a restart had stopped.
+        measure: what the loss estimates; the summary speaks of that.
     """
 
     params: Any
@@ -71,11 +74,14 @@ class Fit:
     message: str
     all_states: State
     all_losses: np.ndarray
+    measure: Measure = ELBO
 
     def __repr__(self) -> str:
+        figures = ".3f" if self.measure.tolerance >= 0.01 else ".3g"
         text = (
             f"Fit: {self.status.name}, {self.status.value}.\n"
-            f"ELBO {self.elbo:.3f} (se {self.elbo_se:.3f}) after {self.steps} steps"
+            f"{self.measure.name} {self.measure.of(-self.elbo):{figures}} "
+            f"(se {self.elbo_se:{figures}}) after {self.steps} steps"
         )
         if self.skipped:
             text += f", {self.skipped} of them skipped (not finite)"
@@ -109,6 +115,7 @@ def assemble(
     statuses: list[Status],
     skipped: np.ndarray,
     final: Final,
+    measure: Measure = ELBO,
 ) -> Fit:
     """The `Fit` of all restarts: the best chosen, the others compared with it.
 
@@ -117,18 +124,20 @@ def assemble(
         losses: shape `(restarts, steps)`.
         statuses: how each ended.
         skipped: how many steps of each were skipped.
-        final: their ELBOs.
+        final: their ELBOs, or what else minus their losses are.
+        measure: what the loss estimates.
     """
     steps = np.asarray(states.step)
     rank = np.where(np.isfinite(final.elbos), final.elbos, -np.inf)
     best = int(np.argmax(rank))
     state = jax.tree.map(lambda leaf: leaf[best], states)
-    elbos, ses = final.elbos, final.ses
+    shown, ses = measure.of(-final.elbos), final.ses
     rows = tuple(
-        (i, float(elbos[i]), float(ses[i]), int(steps[i]), int(skipped[i]), statuses[i].name)
+        (i, float(shown[i]), float(ses[i]), int(steps[i]), int(skipped[i]), statuses[i].name)
         for i in np.argsort(-rank, kind="stable").tolist()
     )
-    columns = ("restart", "elbo", "se", "steps", "skipped", "status")
+    shown_as = "elbo" if measure == ELBO else measure.name
+    columns = ("restart", shown_as, "se", "steps", "skipped", "status")
     return Fit(
         params=state.params,
         state=state,
@@ -136,44 +145,47 @@ def assemble(
         status=statuses[best],
         steps=int(steps[best]),
         skipped=int(skipped[best]),
-        elbo=float(elbos[best]),
+        elbo=float(final.elbos[best]),
         elbo_se=float(ses[best]),
         best=best,
         restarts=Table(columns, rows),
-        message=_message(final, best),
+        message=_message(final, best, measure),
         all_states=states,
         all_losses=losses,
+        measure=measure,
     )
 
 
-AGREEMENT = 0.1
-"""Restarts agree if their ELBOs differ by less than this many nats, or by noise."""
+AGREEMENT = 10
+"""Restarts agree if their ELBOs differ by less than this many tolerances, or by noise."""
 
 
-def _message(final: Final, best: int) -> str:
+def _message(final: Final, best: int, measure: Measure) -> str:
     """What a reader must know beside the numbers, in words."""
-    told = _compare(final.elbos, final.differences_se, best) if len(final.elbos) > 1 else ""
+    told = _compare(final, best, measure) if len(final.elbos) > 1 else ""
     if 0 < final.lost[best] < 1:
         told += (
-            f"\n{100 * final.lost[best]:.2g} % of the draws behind this ELBO were not finite and "
-            "are left out of it; vi.check(target, key) helps to find the site."
+            f"\n{100 * final.lost[best]:.2g} % of the draws behind this {measure.name} were not "
+            "finite and are left out of it; vi.check(target, key) helps to find the site."
         )
     return told.strip()
 
 
-def _compare(elbos: np.ndarray, differences_se: np.ndarray, best: int) -> str:
+def _compare(final: Final, best: int, measure: Measure) -> str:
     """Whether the restarts agree, in words."""
+    elbos, differences_se = final.elbos, final.differences_se
     gap = elbos[best] - elbos
     finite = np.isfinite(gap)
     noise = np.where(np.isfinite(differences_se), differences_se, 0.0)
-    near = finite & (gap <= np.maximum(AGREEMENT, 3 * noise))
-    told = f"{int(near.sum())} of {len(elbos)} restarts agree on the best ELBO"
+    near = finite & (gap <= np.maximum(AGREEMENT * measure.tolerance, 3 * noise))
+    told = f"{int(near.sum())} of {len(elbos)} restarts agree on the best {measure.name}"
     if near.all():
         return told + "."
     far = finite & ~near
     told += ": the restarts DISAGREE"
     if far.any():
-        told += f" (the worst ended {float(gap[far].max()):.3g} nats lower)"
+        worst, way = float(gap[far].max()), "lower" if measure.sign < 0 else "higher"
+        told += f" (the worst ended {worst:.3g} {measure.unit} {way})"
     if not finite.all():
         told += f"; {int((~finite).sum())} failed"
     return told + ". Several optima, or not converged: look at fit.restarts."

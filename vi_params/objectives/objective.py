@@ -22,6 +22,29 @@ class Aux(NamedTuple):
     elbo: jax.Array
 
 
+class Measure(NamedTuple):
+    """What a loss is the estimate of, for whoever reads it.
+
+    Attributes:
+        name: the field's name for it.
+        sign: -1 where the loss is minus that quantity, 1 where it is the quantity itself.
+        unit: its unit, or what it is counted in.
+        tolerance: how large a difference does not matter, in that unit.
+    """
+
+    name: str
+    sign: int
+    unit: str = "nats"
+    tolerance: float = 0.01
+
+    def of(self, loss: Any) -> Any:
+        """The quantity at a loss."""
+        return self.sign * loss
+
+
+ELBO = Measure("ELBO", -1)
+
+
 class Objective(NamedTuple):
     """A loss to minimise.
 
@@ -33,8 +56,9 @@ class Objective(NamedTuple):
         noise: `key -> noise`, all the randomness of one evaluation.
         evaluate: `(params, noise, data, step=None) -> (loss, aux)`; the number of the step matters
             to a loss that follows a schedule, and None stands for the end of it.
-        target: what is approximated.
-        guide: by what.
+        target: what is approximated; None where samples alone are compared.
+        guide: by what; None where there is none.
+        measure: what the loss estimates.
     """
 
     declared: Declared
@@ -42,8 +66,9 @@ class Objective(NamedTuple):
     data: Any
     noise: Callable[[jax.Array], Any]
     evaluate: Callable[..., tuple[jax.Array, Any]]
-    target: Target
-    guide: Guide
+    target: Target | None
+    guide: Guide | None
+    measure: Measure = ELBO
 
 
 def objective(
@@ -51,8 +76,9 @@ def objective(
     data: Any,
     noise: Callable[[jax.Array], Any],
     evaluate: Callable[..., tuple[jax.Array, Any]],
-    target: Target,
-    guide: Guide,
+    target: Target | None,
+    guide: Guide | None,
+    measure: Measure = ELBO,
     *,
     scheduled: bool = False,
 ) -> Objective:
@@ -75,7 +101,7 @@ def objective(
         require_key(key, "objective.loss")
         return checked(params, noise(key), data if data_ is None else data_, step)
 
-    return Objective(declared, loss, data, noise, checked, target, guide)
+    return Objective(declared, loss, data, noise, checked, target, guide, measure)
 
 
 def resolve(owner: Objective | Target, data: Any) -> Any:

@@ -1,0 +1,290 @@
+"""Bounds from powers of importance weights: the IWAE bound, Renyi's bounds, the chi upper bound.
+
+All are one formula. With K draws z_k from the guide and w_k = p(x, z_k) / q(z_k),
+
+    L(alpha) = 1 / (1 - alpha) log( 1/K sum_k w_k^(1 - alpha) ).
+
+alpha = 0 is the importance-weighted (IWAE) bound, alpha -> 1 the ELBO, and alpha < 0 bounds
+log p(x) from above as K grows.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import logsumexp
+
+from vi_params._check import explain
+from vi_params.estimators import Estimator
+from vi_params.guide import Guide
+from vi_params.noise import Noise
+from vi_params.objectives.importance import Combination, importance_weighted
+from vi_params.objectives.objective import Measure, Objective
+from vi_params.objectives.pair import Pair, pair
+from vi_params.target import Target
+
+NEAR = 0.01
+"""How close to 1 alpha must be for the formula that does not cancel there."""
+
+
+def iwae(
+    target: Target,
+    guide: Guide,
+    *,
+    num_importance: int = 10,
+    num_particles: int = 1,
+    estimator: Estimator | None = None,
+    noise: Noise | None = None,
+    batch_size: int | None = None,
+) -> Objective:
+    """The importance-weighted lower bound of K draws as an objective.
+
+        L_K = E log( 1/K sum_k p(x, z_k) / q(z_k) ),   ELBO = L_1 <= L_2 <= ... <= log p(x).
+
+    A tighter bound trains a model's own parameters on less biased evidence; the guide itself need
+    not improve: with `pathwise` gradients its signal-to-noise ratio falls with K (Rainforth et al.,
+    2018), with `doubly_reparameterised` ones it does not. Over latents of many rows of data the
+    weights are those of whole draws.
+
+    Burda, Grosse and Salakhutdinov (2016), Importance weighted autoencoders, eq. 8.
+
+    Args:
+        target: what to approximate.
+        guide: by what.
+        num_importance: K, draws under the logarithm.
+        num_particles: how many such estimates are averaged.
+        estimator: `vi.estimators.pathwise()` (the default), `doubly_reparameterised()`, or
+            `vimco()` for guides that are not reparameterised.
+        noise: how the draws depend on each other: `vi.noise.iid()` (the default), ...
+        batch_size: how many draws are evaluated at once; all where None.
+
+    Returns:
+        An `Objective`; `aux.value` is the bound, `aux.elbo` the average log weight, in nats.
+
+    Raises:
+        ValueError: target and guide do not fit, or the guide lacks what the estimator needs.
+        TypeError: an argument is of the wrong kind.
+
+    Example:
+        >>> target = vi.target(lambda v, z, d: -0.5 * jnp.sum(z["z"] ** 2), {"z": vi.Latent((2,))})
+        >>> objective = vi.iwae(target, vi.guides.mean_field(target), num_importance=5)
+        >>> params = vi.init_params(objective.declared, jax.random.key(0))
+        >>> loss, aux = objective.loss(params, jax.random.key(1))
+        >>> bool(loss == -aux.value), bool(aux.elbo <= aux.value)
+        (True, True)
+    """
+    fitted = pair(
+        target,
+        guide,
+        "vi.iwae",
+        num_particles=num_particles,
+        num_importance=num_importance,
+        noise=noise,
+        batch_size=batch_size,
+    )
+    combination = power_bound(0.0, Measure("IWAE bound", -1))
+    return importance_weighted(fitted, combination, estimator, "vi.iwae")
+
+
+def renyi(
+    target: Target,
+    guide: Guide,
+    *,
+    alpha: float,
+    num_importance: int = 10,
+    num_particles: int = 1,
+    estimator: Estimator | None = None,
+    noise: Noise | None = None,
+    batch_size: int | None = None,
+) -> Objective:
+    """Renyi's variational bound L(alpha) as an objective.
+
+        L(alpha) = 1 / (1 - alpha) log E_q (p(x, z) / q(z))^(1 - alpha)
+                 = log p(x) - D_alpha(q || p(z | x)),
+
+    estimated with K draws: without bias only at alpha = 1, where it is the ELBO. alpha > 1 favours
+    single modes, 0 < alpha < 1 covers more, alpha = 0 is the IWAE bound. For alpha < 0 it lies
+    above log p(x) and is minimised, but the estimate from few draws is too low and may lie below.
+
+    Li and Turner (2016), Renyi divergence variational inference, eq. 4 and 9.
+
+    Args:
+        target: what to approximate.
+        guide: by what.
+        alpha: the order, any finite number.
+        num_importance: K, draws under the logarithm.
+        num_particles: how many such estimates are averaged.
+        estimator: `vi.estimators.pathwise()` (the default), `doubly_reparameterised()`, or
+            `vimco()` for guides that are not reparameterised.
+        noise: how the draws depend on each other: `vi.noise.iid()` (the default), ...
+        batch_size: how many draws are evaluated at once; all where None.
+
+    Returns:
+        An `Objective`; `aux.value` is the bound, `aux.elbo` the average log weight, in nats. The
+        loss is minus the bound, for alpha < 0 the bound itself.
+
+    Raises:
+        ValueError: alpha is not finite, or negative where the model has parameters of its own;
+            target and guide do not fit, or the guide lacks what the estimator needs.
+        TypeError: an argument is of the wrong kind.
+
+    Example:
+        >>> target = vi.target(lambda v, z, d: -0.5 * jnp.sum(z["z"] ** 2), {"z": vi.Latent((2,))})
+        >>> objective = vi.renyi(target, vi.guides.mean_field(target), alpha=0.5)
+        >>> fit = vi.fit(objective, key=jax.random.key(0), num_steps=100, progress=False)
+        >>> print(fit)
+        Fit: NUM_STEPS, all steps were made; the loss may still be falling.
+        Renyi bound (alpha=0.5) ... (se ...) after 100 steps.
+    """
+    fitted = pair(
+        target,
+        guide,
+        "vi.renyi",
+        num_particles=num_particles,
+        num_importance=num_importance,
+        noise=noise,
+        batch_size=batch_size,
+    )
+    alpha = _finite(alpha, "alpha", "vi.renyi")
+    if alpha < 0:
+        require_fixed_model(fitted, f"vi.renyi, alpha={alpha:g}")
+    measure = Measure(f"Renyi bound (alpha={alpha:g})", 1 if alpha < 0 else -1)
+    return importance_weighted(fitted, power_bound(alpha, measure), estimator, "vi.renyi")
+
+
+def cubo(
+    target: Target,
+    guide: Guide,
+    *,
+    order: float = 2.0,
+    num_importance: int = 10,
+    num_particles: int = 1,
+    estimator: Estimator | None = None,
+    noise: Noise | None = None,
+    batch_size: int | None = None,
+) -> Objective:
+    """The chi upper bound of the log evidence as an objective, minimised.
+
+        CUBO_n = 1/n log E_q (p(x, z) / q(z))^n >= log p(x),   n >= 1,
+
+    with equality where q is the posterior. Minimising it minimises the chi^n divergence from the
+    posterior to the guide, which covers the posterior's mass. It is Renyi's bound of order 1 - n,
+    and like that one its estimate from K draws is too low.
+
+    Dieng, Tran, Ranganath, Paisley and Blei (2017), Variational inference via chi upper bound
+    minimization, eq. 3. (They descend exp(n CUBO_n), which is unbiased and overflows.)
+
+    Args:
+        target: what to approximate, without parameters of its own.
+        guide: by what.
+        order: n, at least 1.
+        num_importance: K, draws under the logarithm.
+        num_particles: how many such estimates are averaged.
+        estimator: `vi.estimators.pathwise()` (the default), `doubly_reparameterised()`, or
+            `vimco()` for guides that are not reparameterised.
+        noise: how the draws depend on each other: `vi.noise.iid()` (the default), ...
+        batch_size: how many draws are evaluated at once; all where None.
+
+    Returns:
+        An `Objective`; `aux.value`, the loss, is the bound, `aux.elbo` the average log weight, in
+        nats: the log evidence lies between them.
+
+    Raises:
+        ValueError: order < 1, the model has parameters of its own, target and guide do not fit, or
+            the guide lacks what the estimator needs.
+        TypeError: an argument is of the wrong kind.
+
+    Example:
+        >>> target = vi.target(lambda v, z, d: -0.5 * jnp.sum(z["z"] ** 2), {"z": vi.Latent((2,))})
+        >>> objective = vi.cubo(target, vi.guides.mean_field(target), num_importance=20)
+        >>> params = vi.init_params(objective.declared, jax.random.key(0))
+        >>> loss, aux = objective.loss(params, jax.random.key(1))
+        >>> bool(loss >= aux.elbo)
+        True
+    """
+    fitted = pair(
+        target,
+        guide,
+        "vi.cubo",
+        num_particles=num_particles,
+        num_importance=num_importance,
+        noise=noise,
+        batch_size=batch_size,
+    )
+    order = _finite(order, "order", "vi.cubo")
+    if order < 1:
+        raise ValueError(
+            explain(
+                "A chi bound of order below one bounds nothing from above.",
+                expected="order >= 1",
+                received=f"{order:g}",
+                where="vi.cubo",
+                hint=f"vi.renyi(..., alpha={1 - order:g}) is a lower bound",
+            )
+        )
+    require_fixed_model(fitted, "vi.cubo")
+    combination = power_bound(1.0 - order, Measure(f"CUBO (order {order:g})", 1))
+    return importance_weighted(fitted, combination, estimator, "vi.cubo")
+
+
+def power_bound(alpha: float, measure: Measure) -> Combination:
+    """L(alpha) of K log weights.
+
+    a_k = w_k^(1 - alpha) / sum_j w_j^(1 - alpha) are the normalised powers, and with
+    d a_k / d log w_k = (1 - alpha) a_k (1 - a_k) double reparameterisation takes
+    c_k = alpha a_k + (1 - alpha) a_k^2: squares for IWAE, 1 / K for the ELBO.
+    """
+    power = 1.0 - alpha
+
+    def value(log_weights: jax.Array) -> jax.Array:
+        if abs(power) > NEAR:
+            return (logsumexp(power * log_weights) - math.log(log_weights.size)) / power
+        mean = jnp.mean(log_weights)
+        if power == 0:
+            return mean
+        # log mean exp(power s) / power at deviations s: what cancels is of the size of the result.
+        return mean + jnp.log1p(jnp.mean(jnp.expm1(power * (log_weights - mean)))) / power
+
+    def path_weights(log_weights: jax.Array) -> jax.Array:
+        a = jax.nn.softmax(power * log_weights)
+        return alpha * a + power * a**2
+
+    return Combination(value, path_weights, measure)
+
+
+def require_fixed_model(pair: Pair, where: str) -> None:
+    """Raises where the model has parameters: lowering an upper bound would lower the evidence."""
+    if pair.target.declared:
+        raise ValueError(
+            explain(
+                "An upper bound of the evidence cannot train a model's own parameters.",
+                expected="a target without declared parameters",
+                received=f"parameters {list(pair.target.declared)}",
+                where=where,
+                hint="train the model with vi.elbo or vi.iwae, a lower bound",
+            )
+        )
+
+
+def _finite(number: float, name: str, where: str) -> float:
+    try:
+        value = float(number)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            explain(
+                f"{name} must be a number.",
+                expected="a finite Python number",
+                received=f"{number!r} ({type(number).__name__})",
+                where=where,
+            )
+        ) from error
+    if not math.isfinite(value):
+        raise ValueError(
+            explain(
+                f"{name} must be finite.",
+                expected="a finite number",
+                received=f"{value}",
+                where=where,
+            )
+        )
+    return value
