@@ -38,6 +38,7 @@ class Target(NamedTuple):
         start: `(strategy, key) -> u`: a start by one of numpyro's `init_to_*` strategies.
         sites: `(values, latents, data) -> mapping` of the `Site`s of a program; None where the
             density is one function.
+        simulate: `(values, key, data) -> (latents, data)`: a draw of both from the model, or None.
     """
 
     latents: Mapping[str, Latent]
@@ -51,6 +52,7 @@ class Target(NamedTuple):
     terms: Callable[[Any, Any, Any], dict[str, jax.Array]]
     start: Callable[[Any, jax.Array], dict[str, jax.Array]]
     sites: Callable[[Any, Any, Any], dict[str, Site]] | None = None
+    simulate: Callable[[Any, jax.Array, Any], tuple[Any, Any]] | None = None
 
 
 def target(

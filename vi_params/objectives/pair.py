@@ -147,22 +147,23 @@ def at_fixed_draws(pair: Pair, params: Any, noise: Any, data: Any) -> Scored:
 
 
 def scored(pair: Pair, route: Route, params: Any, noise: Any, data: Any) -> Scored:
-    """All draws scored along a route; leading axes `(num_particles, num_importance)`.
+    """All draws scored along a route; leading axes `(num_particles, num_importance)`."""
+    return over_draws(lambda one: route(pair, params, one, data), noise, pair.batch_size)
+
+
+def over_draws(f: Callable[[Any], Any], noise: Any, batch_size: int | None) -> Any:
+    """`f` at the noise of every draw; leading axes `(num_particles, num_importance)`.
 
     With a batch size, what the gradient needs is computed again rather than kept, so that the
     memory is that of one batch.
     """
-
-    def one(noise: Any) -> Scored:
-        return route(pair, params, noise, data)
-
-    particles, importance = jax.tree.leaves(noise)[0].shape[:2]
-    num = particles * importance
-    if pair.batch_size is None or pair.batch_size >= num:
-        return jax.vmap(jax.vmap(one))(noise)
+    leading = jax.tree.leaves(noise)[0].shape[:2]
+    num = leading[0] * leading[1]
+    if batch_size is None or batch_size >= num:
+        return jax.vmap(jax.vmap(f))(noise)
     flat = jax.tree.map(lambda leaf: leaf.reshape(num, *leaf.shape[2:]), noise)
-    found = jax.lax.map(jax.checkpoint(one), flat, batch_size=pair.batch_size)
-    return jax.tree.map(lambda leaf: leaf.reshape(particles, importance), found)
+    found = jax.lax.map(jax.checkpoint(f), flat, batch_size=batch_size)
+    return jax.tree.map(lambda leaf: leaf.reshape(*leading, *leaf.shape[1:]), found)
 
 
 def require_reparameterised(pair: Pair, where: str, hint: str) -> None:
@@ -176,6 +177,21 @@ def require_reparameterised(pair: Pair, where: str, hint: str) -> None:
                 received=f"none at {list(stuck)}",
                 where=where,
                 hint=hint,
+            )
+        )
+
+
+def require_no_parameters(fitted: Pair, where: str) -> None:
+    """Raises where the model has parameters: a divergence from its posterior says nothing of its
+    evidence."""
+    if fitted.target.declared:
+        raise ValueError(
+            explain(
+                "A divergence from the posterior cannot train a model's own parameters.",
+                expected="a target without declared parameters",
+                received=f"parameters {list(fitted.target.declared)}",
+                where=where,
+                hint="vi.elbo, vi.iwae or vi.reweighted_wake_sleep train both",
             )
         )
 

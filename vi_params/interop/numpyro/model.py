@@ -12,6 +12,7 @@ from numpyro.infer.util import compute_log_probs
 from vi_params._check import require_names
 from vi_params.interop.numpyro.call import bind
 from vi_params.interop.numpyro.discover import LOCK, discover, trace
+from vi_params.interop.numpyro.simulate import simulator
 from vi_params.interop.numpyro.sites import sites_of
 from vi_params.sites import Site
 from vi_params.target import Target, build
@@ -107,7 +108,7 @@ def from_numpyro(model: Callable, *args: Any, **kwargs: Any) -> Target:
         }
 
     dynamic = any(latent.is_dynamic for latent in found.latents.values())
-    return build(
+    target = build(
         log_density,
         found.latents,
         declared=found.declared,
@@ -120,6 +121,7 @@ def from_numpyro(model: Callable, *args: Any, **kwargs: Any) -> Target:
         constrain=constrain if dynamic else None,
         unconstrain=unconstrain if dynamic else None,
     )
+    return target._replace(simulate=simulator(model, call, names))
 
 
 def _transform(site: Mapping[str, Any]) -> Any:
