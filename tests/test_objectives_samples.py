@@ -1,4 +1,4 @@
-"""MMD and energy distance: closed forms between normals, and a simulator fitted by samples alone."""
+"""MMD and energy distance: closed forms between normals; a simulator fitted by samples alone."""
 
 import jax
 import jax.numpy as jnp
