@@ -27,12 +27,15 @@ from vi_params.estimators import Estimator, pathwise
 from vi_params.objectives.objective import Measure, Objective, objective
 from vi_params.objectives.pair import (
     Pair,
+    Route,
+    Scored,
     at_fixed_draws,
     path,
     require_reparameterised,
     scored,
     total,
 )
+from vi_params.objectives.rows import scored_rows
 
 
 class Combination(NamedTuple):
@@ -105,8 +108,11 @@ def importance_weighted(
 
     def evaluate(params: Any, noise: Any, data: Any) -> tuple[jax.Array, WeightAux]:
         values, log_weights = gradient(pair, combination, params, noise, data)
-        value = jnp.mean(values)
-        return combination.measure.sign * value, weight_aux(value, log_weights)
+        # With weights row by row the bound is the sum over rows, those of a batch N / B times.
+        count = 1 if pair.plate is None else pair.target.plates[pair.plate]
+        value = count * jnp.mean(values)
+        aux = weight_aux(value, log_weights)
+        return combination.measure.sign * value, aux._replace(elbo=count * aux.elbo)
 
     return objective(
         pair.declared,
@@ -141,25 +147,31 @@ Values = tuple[jax.Array, jax.Array]
 """The values of all particles, shape (num_particles,), and their log weights."""
 
 
+def _scored(pair: Pair, route: Route, params: Any, noise: Any, data: Any) -> Scored:
+    """The scores that share a combination along the last axis, one row a combination."""
+    of = scored if pair.plate is None else scored_rows
+    return of(pair, route, params, noise, data)
+
+
 def _pathwise(pair: Pair, combination: Combination, params: Any, noise: Any, data: Any) -> Values:
-    log_weights = scored(pair, total, params, noise, data).log_weight
+    log_weights = _scored(pair, total, params, noise, data).log_weight
     return jax.vmap(combination.value)(log_weights), log_weights
 
 
 def _doubly(pair: Pair, combination: Combination, params: Any, noise: Any, data: Any) -> Values:
-    along = scored(pair, path, params, noise, data).log_weight
+    along = _scored(pair, path, params, noise, data).log_weight
     log_weights = stop_gradient(along)
     surrogate = weighted_sum(jax.vmap(combination.path_weights)(log_weights), along)
     if pair.target.declared:
         slopes = jax.vmap(jax.grad(combination.value))(log_weights)
-        fixed = scored(pair, at_fixed_draws, params, noise, data)
+        fixed = _scored(pair, at_fixed_draws, params, noise, data)
         surrogate += weighted_sum(slopes, fixed.log_density)
     value = jax.vmap(combination.value)(log_weights)
     return with_gradient_of(value, surrogate), log_weights
 
 
 def _vimco(pair: Pair, combination: Combination, params: Any, noise: Any, data: Any) -> Values:
-    fixed = scored(pair, at_fixed_draws, params, noise, data)
+    fixed = _scored(pair, at_fixed_draws, params, noise, data)
     log_weights = stop_gradient(fixed.log_weight)
 
     def gains(log_weights: jax.Array) -> jax.Array:

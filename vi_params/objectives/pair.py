@@ -50,6 +50,7 @@ class Pair(NamedTuple):
         data: the data of both.
         noise: `key -> noise`, leading axes `(num_particles, num_importance)`.
         batch_size: how many draws are evaluated at once; all where None.
+        plate: the plate whose rows have weights of their own; None for weights of whole draws.
     """
 
     target: Target
@@ -58,6 +59,7 @@ class Pair(NamedTuple):
     data: Any
     noise: Callable[[jax.Array], Any]
     batch_size: int | None
+    plate: str | None = None
 
 
 Route = Callable[[Pair, Any, Any, Any], Scored]

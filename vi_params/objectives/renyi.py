@@ -1,4 +1,4 @@
-"""Bounds from powers of importance weights: the IWAE bound, Renyi's bounds, the chi upper bound.
+"""Bounds from powers of importance weights: Renyi's bounds and the chi upper bound.
 
 All are one formula. With K draws z_k from the guide and w_k = p(x, z_k) / q(z_k),
 
@@ -25,65 +25,6 @@ from vi_params.target import Target
 
 NEAR = 0.01
 """How close to 1 alpha must be for the formula that does not cancel there."""
-
-
-def iwae(
-    target: Target,
-    guide: Guide,
-    *,
-    num_importance: int = 10,
-    num_particles: int = 1,
-    estimator: Estimator | None = None,
-    noise: Noise | None = None,
-    batch_size: int | None = None,
-) -> Objective:
-    """The importance-weighted lower bound of K draws as an objective.
-
-        L_K = E log( 1/K sum_k p(x, z_k) / q(z_k) ),   ELBO = L_1 <= L_2 <= ... <= log p(x).
-
-    A tighter bound trains a model's own parameters on less biased evidence; the guide itself need
-    not improve: with `pathwise` gradients its signal-to-noise ratio falls with K (Rainforth et al.,
-    2018), with `doubly_reparameterised` ones it does not. Over latents of many rows of data the
-    weights are those of whole draws.
-
-    Burda, Grosse and Salakhutdinov (2016), Importance weighted autoencoders, eq. 8.
-
-    Args:
-        target: what to approximate.
-        guide: by what.
-        num_importance: K, draws under the logarithm.
-        num_particles: how many such estimates are averaged.
-        estimator: `vi.estimators.pathwise()` (the default), `doubly_reparameterised()`, or
-            `vimco()` for guides that are not reparameterised.
-        noise: how the draws depend on each other: `vi.noise.iid()` (the default), ...
-        batch_size: how many draws are evaluated at once; all where None.
-
-    Returns:
-        An `Objective`; `aux.value` is the bound, `aux.elbo` the average log weight, in nats.
-
-    Raises:
-        ValueError: target and guide do not fit, or the guide lacks what the estimator needs.
-        TypeError: an argument is of the wrong kind.
-
-    Example:
-        >>> target = vi.target(lambda v, z, d: -0.5 * jnp.sum(z["z"] ** 2), {"z": vi.Latent((2,))})
-        >>> objective = vi.iwae(target, vi.guides.mean_field(target), num_importance=5)
-        >>> params = vi.init_params(objective.declared, jax.random.key(0))
-        >>> loss, aux = objective.loss(params, jax.random.key(1))
-        >>> bool(loss == -aux.value), bool(aux.elbo <= aux.value)
-        (True, True)
-    """
-    fitted = pair(
-        target,
-        guide,
-        "vi.iwae",
-        num_particles=num_particles,
-        num_importance=num_importance,
-        noise=noise,
-        batch_size=batch_size,
-    )
-    combination = power_bound(0.0, Measure("IWAE bound", -1))
-    return importance_weighted(fitted, combination, estimator, "vi.iwae")
 
 
 def renyi(
