@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 import pytest
 from numpyro import distributions as dist
 from numpyro.distributions import constraints
@@ -99,13 +100,35 @@ def test_gradients_are_unbiased(alpha, estimator):
         assert_mean(objective.measure.of(found[name]), slope)
 
 
-@pytest.mark.parametrize("estimator", ["pathwise", "doubly_reparameterised", "vimco"])
-def test_values_are_unbiased(estimator):
-    """The mean of the two-draw IWAE bound is the exact one, whatever the gradient."""
-    objective = vi.iwae(
-        conjugate(), normal_guide(), num_importance=2, estimator=getattr(estimators, estimator)()
-    )
-    assert_mean(-losses(objective, 20_000), exact_bound(0.0, MEAN, np.log(SCALE)))
+def test_a_discrete_latent():
+    """A Bernoulli latent and guide: VIMCO's mean gradient of the two-draw bound is that of the sum
+    over all four outcomes, and wake-phi's that of the average over them of its own."""
+    log_p = jnp.log(jnp.array([0.7, 0.3])) + dist.Normal(jnp.array([-1.0, 1.0]), 1.0).log_prob(0.6)
+
+    def model(y):
+        z = numpyro.sample("z", dist.Bernoulli(0.3))
+        numpyro.sample("y", dist.Normal(2.0 * z - 1.0, 1.0), obs=y)
+
+    target = vi.from_numpyro(model, jnp.array(0.6))
+    guide = vi.guide({"logit": vi.Param(0.4)}, lambda v: dist.Bernoulli(logits=v["logit"]))
+
+    def bound(logit):
+        log_q = jax.nn.log_sigmoid(jnp.array([-logit, logit]))
+        log_w = log_p - log_q
+        pair = jnp.logaddexp(log_w[:, None], log_w[None, :]) - jnp.log(2.0)
+        return jnp.sum(jnp.exp(log_q[:, None] + log_q[None, :]) * pair)
+
+    def wake(logit):
+        log_q = jax.nn.log_sigmoid(jnp.array([-logit, logit]))
+        q, log_w = jax.lax.stop_gradient((jnp.exp(log_q), log_p - log_q))
+        share = jax.nn.sigmoid(log_w[:, None] - log_w[None, :])
+        crossed = share * log_q[:, None] + (1 - share) * log_q[None, :]
+        return -jnp.sum(q[:, None] * q[None, :] * crossed)
+
+    iwae = vi.iwae(target, guide, num_importance=2, estimator=estimators.vimco())
+    assert_mean(-slopes(iwae, 20_000)["logit"], jax.grad(bound)(0.4))
+    awake = vi.reweighted_wake_sleep(target, guide, num_importance=2)
+    assert_mean(slopes(awake, 20_000)["logit"], jax.grad(wake)(0.4))
 
 
 def divergence(alpha):
@@ -116,7 +139,7 @@ def divergence(alpha):
     return np.log(POST_SD / SCALE) + middle + 0.5 * alpha * (MEAN - POST_MEAN) ** 2 / mixed
 
 
-@pytest.mark.parametrize("alpha", [0.5, 0.2, 1.5, -0.5])
+@pytest.mark.parametrize("alpha", [0.5, 1.5, -0.5])
 def test_bounds_against_closed_forms(alpha):
     """With many draws L(alpha) is log p(y) - D_alpha(q || posterior)."""
     objective = vi.renyi(conjugate(), normal_guide(), alpha=alpha, num_importance=40_000)
