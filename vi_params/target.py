@@ -39,6 +39,8 @@ class Target(NamedTuple):
         sites: `(values, latents, data) -> mapping` of the `Site`s of a program; None where the
             density is one function.
         simulate: `(values, key, data) -> (latents, data)`: a draw of both from the model, or None.
+        infer_discrete: `(values, latents, key, data) -> mapping` of the discrete latents that were
+            summed out: a draw, or the most probable where `key` is None. None where there are none.
     """
 
     latents: Mapping[str, Latent]
@@ -53,6 +55,7 @@ class Target(NamedTuple):
     start: Callable[[Any, jax.Array], dict[str, jax.Array]]
     sites: Callable[[Any, Any, Any], dict[str, Site]] | None = None
     simulate: Callable[[Any, jax.Array, Any], tuple[Any, Any]] | None = None
+    infer_discrete: Callable[[Any, Any, Any, Any], dict[str, jax.Array]] | None = None
 
 
 def target(
@@ -122,6 +125,7 @@ def build(
     constrain: Callable[..., Any] | None = None,
     unconstrain: Callable[..., Any] | None = None,
     sites: Callable[[Any, Any, Any], dict[str, Site]] | None = None,
+    infer_discrete: Callable[..., dict[str, jax.Array]] | None = None,
 ) -> Target:
     """A `Target` from its parts, with checks at every trace and the maps of fixed supports."""
 
@@ -152,6 +156,7 @@ def build(
         terms=terms or (lambda values, x, data: {"log_density": checked(values, x, data)}),
         start=start,
         sites=sites,
+        infer_discrete=infer_discrete,
     )
 
 

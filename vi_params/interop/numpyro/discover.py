@@ -12,7 +12,6 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal
 from numpyro import handlers
 from numpyro.distributions import biject_to, constraints
 from numpyro.infer import init_to_uniform
@@ -20,6 +19,7 @@ from numpyro.infer import init_to_uniform
 from vi_params._check import explain
 from vi_params._tree import abstract_key
 from vi_params.interop.numpyro.call import Call
+from vi_params.interop.numpyro.dependence import reached
 from vi_params.params import Latent, Param
 from vi_params.sites import is_point_mass
 
@@ -38,6 +38,8 @@ class Found(NamedTuple):
         deltas: names of the latents whose distribution is a point mass.
         declared: name -> `Param`, of the param sites.
         plates: plate -> size.
+        discrete: name -> what is known of it, of the latents that are discrete.
+        nesting: how many axes plates and batches take up at most.
     """
 
     latents: dict[str, Latent]
@@ -46,16 +48,23 @@ class Found(NamedTuple):
     deltas: tuple[str, ...]
     declared: dict[str, Param]
     plates: dict[str, int]
+    discrete: dict[str, Any]
+    nesting: int
 
 
 Trace = Mapping[str, Mapping[str, Any]]
 
 
-def trace(program: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Trace:
+def trace(
+    program: Callable,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    recorder: Callable[..., handlers.trace] = handlers.trace,
+) -> Trace:
     """The trace of a program, made under the lock; errors of tracing say the way out."""
     with LOCK:
         try:
-            return handlers.trace(program).get_trace(*args, **kwargs)
+            return recorder(program).get_trace(*args, **kwargs)
         except (
             jax.errors.ConcretizationTypeError,
             jax.errors.NonConcreteBooleanIndexError,
@@ -86,6 +95,7 @@ def discover(
     call: Call,
     *,
     prepare: Callable[[Callable, jax.Array, Mapping[str, Any]], Callable] = substituted,
+    discrete: Callable[[str, Mapping[str, Any]], Any] | None = None,
 ) -> Found:
     """The latents, parameters and plates of a program.
 
@@ -93,6 +103,8 @@ def discover(
         program: a NumPyro program.
         call: how it is called.
         prepare: how it is made to run without a guide.
+        discrete: what is to be known of a discrete latent that is summed out, from its name and
+            site; None where discrete latents stay latents.
 
     Raises:
         ValueError: a site that cannot be handled: a subsampled plate, mutable state.
@@ -117,7 +129,7 @@ def discover(
     def supports_of(key: jax.Array, data: Any, values: Any) -> dict[str, Any]:
         args, kwargs = call.arguments(data)
         sites = trace(prepare(program, key, values), args, kwargs)
-        facts.update(_site_facts(sites))
+        facts.update(_site_facts(sites, discrete))
         return {name: jax.tree.leaves(found["support"]) for name, found in facts["latents"].items()}
 
     values = jax.eval_shape(params_of, key, call.data)
@@ -192,30 +204,37 @@ def _plate_axes(site: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(plates)
 
 
-def _site_facts(sites: Trace) -> dict[str, Any]:
+def _site_facts(sites: Trace, of_discrete: Callable[..., Any] | None) -> dict[str, Any]:
     """Shapes and supports of the latents, and the sizes of the plates."""
-    latents, observed, auxiliary, deltas, plates = {}, [], [], [], {}
+    latents, observed, auxiliary, deltas, plates, discrete = {}, [], [], [], {}, {}
+    nesting = 0
     for name, site in sites.items():
         if site["type"] == "plate":
             plates[name] = _plate_size(name, site)
         if site["type"] != "sample":
             continue
+        fn = site["fn"]
+        nesting = max([nesting, len(fn.batch_shape), *(-f.dim for f in site["cond_indep_stack"])])
         if site["is_observed"]:
             observed.append(name)
             continue
-        fn = site["fn"]
+        is_discrete = getattr(fn.support, "is_discrete", False)
+        if is_discrete and of_discrete is not None:
+            discrete[name] = of_discrete(name, site)
+            continue
         if site["infer"].get("is_auxiliary", False):
             auxiliary.append(name)
         if is_point_mass(fn):
             deltas.append(name)
         shape = np.shape(site["value"])
-        discrete = getattr(fn.support, "is_discrete", False)
         latents[name] = {
             "shape": shape,
             "dtype": site["value"].dtype,
             "support": fn.support,
-            "discrete": discrete,
-            "free_shape": None if discrete else tuple(biject_to(fn.support).inverse_shape(shape)),
+            "discrete": is_discrete,
+            "free_shape": None
+            if is_discrete
+            else tuple(biject_to(fn.support).inverse_shape(shape)),
         }
     return {
         "latents": latents,
@@ -223,6 +242,8 @@ def _site_facts(sites: Trace) -> dict[str, Any]:
         "auxiliary": tuple(auxiliary),
         "deltas": tuple(deltas),
         "plates": plates,
+        "discrete": discrete,
+        "nesting": nesting,
     }
 
 
@@ -247,8 +268,7 @@ def _constants(
     """The entries of `f(key, data)` that do not depend on the key, evaluated at the data; or, where
     `values` are given, those of `f(key, data, values)` that depend on nothing.
 
-    Dependence is read off the jaxpr: an output depends on an input if some chain of equations leads
-    there. What is a Python number or an array made outside is itself.
+    What is a Python number or an array made outside is itself.
     """
     concrete: dict[str, Any] = {}
 
@@ -264,12 +284,8 @@ def _constants(
     closed, shape = jax.make_jaxpr(traced, return_shape=True)(*inputs)
     if not jax.tree.leaves(shape):
         return concrete
-    moving = set(closed.jaxpr.invars if values is not None else closed.jaxpr.invars[:1])
-    for equation in closed.jaxpr.eqns:
-        if any(v in moving for v in equation.invars if not isinstance(v, Literal)):
-            moving.update(equation.outvars)
-    depends = [not isinstance(v, Literal) and v in moving for v in closed.jaxpr.outvars]
-    flags = jax.tree.structure(shape).unflatten(depends)
+    moving = closed.jaxpr.invars if values is not None else closed.jaxpr.invars[:1]
+    flags = jax.tree.structure(shape).unflatten(reached(closed, moving))
     fixed = [name for name in shape if not any(jax.tree.leaves(flags[name]))]
     if fixed:
 

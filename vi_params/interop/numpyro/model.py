@@ -12,13 +12,20 @@ from numpyro.infer.util import compute_log_probs
 from vi_params._check import require_names
 from vi_params.interop.numpyro.call import bind
 from vi_params.interop.numpyro.discover import LOCK, discover, trace
+from vi_params.interop.numpyro.discrete import finite
+from vi_params.interop.numpyro.enumeration import sum_out
 from vi_params.interop.numpyro.simulate import simulator
 from vi_params.interop.numpyro.sites import sites_of
 from vi_params.sites import Site
 from vi_params.target import Target, build
 
 
-def from_numpyro(model: Callable, *args: Any, **kwargs: Any) -> Target:
+def from_numpyro(
+    model: Callable,
+    *args: Any,
+    enumerate: bool = False,
+    **kwargs: Any,
+) -> Target:
     """The joint density of a NumPyro model at its observed data, as a target.
 
     The model is traced once, abstractly. Array arguments become `target.data`, a mapping from
@@ -51,17 +58,22 @@ def from_numpyro(model: Callable, *args: Any, **kwargs: Any) -> Target:
         (['mu'], ['y'])
     """
     call = bind(model, args, kwargs)
-    found = discover(model, call)
+    found = discover(model, call, discrete=finite if enumerate else None)
     names = list(found.latents)
+    summed = sum_out(model, call, found) if found.discrete else None
+    if summed is not None:
+        model = summed.model
 
     def run(fixed: Mapping[str, Any], data: Any) -> Any:
         args, kwargs = call.arguments(data)
         return trace(handlers.substitute(model, data=dict(fixed)), args, kwargs)
 
-    def terms(values: Any, latents: Any, data: Any) -> dict[str, jax.Array]:
+    def joint_terms(values: Any, latents: Any, data: Any) -> dict[str, jax.Array]:
         args, kwargs = call.arguments(data)
         with LOCK:
             return compute_log_probs(model, args, kwargs, {**values, **latents})[0]
+
+    terms = joint_terms if summed is None else summed.terms
 
     def log_density(values: Any, latents: Any, data: Any) -> jax.Array:
         return sum(terms(values, latents, data).values(), start=jnp.zeros(()))
@@ -74,7 +86,7 @@ def from_numpyro(model: Callable, *args: Any, **kwargs: Any) -> Target:
         return {
             name: jnp.asarray(site["value"])
             for name, site in sites.items()
-            if site["type"] == "deterministic"
+            if site["type"] == "deterministic" and not (summed and name in summed.dependents)
         }
 
     def constrain(values: Any, u: Any, data: Any) -> tuple[dict[str, jax.Array], jax.Array]:
@@ -117,11 +129,12 @@ def from_numpyro(model: Callable, *args: Any, **kwargs: Any) -> Target:
         start=start,
         plates=found.plates,
         terms=terms,
-        sites=sites,
+        sites=sites if summed is None else None,
         constrain=constrain if dynamic else None,
         unconstrain=unconstrain if dynamic else None,
+        infer_discrete=None if summed is None else summed.infer,
     )
-    return target._replace(simulate=simulator(model, call, names))
+    return target if summed else target._replace(simulate=simulator(model, call, names))
 
 
 def _transform(site: Mapping[str, Any]) -> Any:

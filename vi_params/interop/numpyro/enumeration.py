@@ -1,0 +1,153 @@
+"""A NumPyro model with its discrete latents summed out, and those latents inferred afterwards."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from numpyro import handlers
+
+from vi_params._check import explain
+from vi_params._tree import abstract_key
+from vi_params.interop.numpyro.call import Call
+from vi_params.interop.numpyro.contraction import (
+    Factor,
+    Graph,
+    contract,
+    lag,
+    maximum,
+    root,
+    sampling,
+)
+from vi_params.interop.numpyro.dependence import depends
+from vi_params.interop.numpyro.discover import Found, trace
+from vi_params.interop.numpyro.tables import graph_of
+from vi_params.params import constrain, init_params
+
+
+class Summed(NamedTuple):
+    """A model without its discrete latents.
+
+    Attributes:
+        model: the program with every discrete latent at one of its values: what does not depend on
+            them, it does as ever.
+        terms: `(values, latents, data) -> mapping` of the terms of the log density, the discrete
+            latents summed out; a term is named after all sites that went into it.
+        dependents: the deterministic sites that depend on discrete latents.
+        infer: `(values, latents, key, data) -> mapping` of the discrete latents, and of the
+            deterministic sites that depend on them: an exact draw given the continuous latents, or
+            the jointly most probable values where `key` is None.
+    """
+
+    model: Callable
+    terms: Callable[[Any, Any, Any], dict[str, jax.Array]]
+    dependents: frozenset[str]
+    infer: Callable[[Any, Any, jax.Array | None, Any], dict[str, jax.Array]]
+
+
+def sum_out(model: Callable, call: Call, found: Found) -> Summed:
+    """The model without its discrete latents.
+
+    Args:
+        model: a NumPyro program.
+        call: how it is called.
+        found: what it holds, its discrete latents among it.
+
+    Raises:
+        ImportError: funsor is not installed.
+        ValueError: the sum cannot be done, or the support of a continuous latent depends on a
+            discrete one.
+    """
+    discrete = found.discrete
+
+    def fixed(site: Any) -> Any:
+        free = site["type"] == "sample" and site["value"] is None
+        if free and site["name"] in discrete:
+            known = discrete[site["name"]]
+            return jnp.full(site["fn"].shape(), known.values[0], known.dtype)
+        return None
+
+    def plain(values: Any, latents: Any, data: Any) -> Any:
+        args, kwargs = call.arguments(data)
+        program = handlers.substitute(model, data={**values, **latents})
+        return trace(handlers.substitute(program, substitute_fn=fixed), args, kwargs)
+
+    def graph(values: Any, latents: Any, data: Any) -> tuple[Graph, dict[str, jax.Array]]:
+        program = handlers.substitute(model, data=dict(values))
+        return graph_of(program, call.arguments(data), latents, discrete, found.nesting)
+
+    def terms(values: Any, latents: Any, data: Any) -> dict[str, jax.Array]:
+        tables, found = graph(values, latents, data)
+        for part in contract(tables):
+            name = ", ".join(dict.fromkeys(map(root, part.sites)))
+            found[name] = found.get(name, 0.0) + part.table  # the first steps of a scan stand apart
+        return found
+
+    def infer(values: Any, latents: Any, key: jax.Array | None, data: Any) -> dict[str, jax.Array]:
+        tables, _ = graph(values, latents, data)
+        found = _indices(tables, maximum if key is None else sampling(key))
+        sites = plain(values, latents, data)
+        drawn = {}
+        for name, known in discrete.items():
+            shape = jnp.shape(sites[name]["value"])
+            steps = sorted((part for part in found if root(part) == name), key=lag, reverse=True)
+            parts = [found[part] for part in steps]
+            # One value only: there is no table.
+            index = jnp.concatenate(list(map(jnp.ravel, parts))) if parts else jnp.zeros(shape, int)
+            drawn[name] = jnp.asarray(known.values, known.dtype)[index.reshape(shape)]
+        sites = plain(values, {**latents, **drawn}, data)
+        return {**drawn, **{name: jnp.asarray(sites[name]["value"]) for name in dependents}}
+
+    def moving(drawn: Any, values: Any, latents: Any, data: Any) -> dict[str, Any]:
+        """What might depend on the discrete latents: deterministic sites and supports."""
+        sites = plain(values, {**latents, **drawn}, data)
+        deterministic = {n: s["value"] for n, s in sites.items() if s["type"] == "deterministic"}
+        supports = {n: jax.tree.leaves(sites[n]["fn"].support) for n in found.latents}
+        return {**deterministic, **supports}
+
+    def start(key: jax.Array) -> Any:
+        return constrain(found.declared, init_params(found.declared, key))
+
+    values = jax.eval_shape(start, abstract_key())
+    latents = {n: jax.ShapeDtypeStruct(z.shape, z.dtype) for n, z in found.latents.items()}
+    drawn = {n: jax.ShapeDtypeStruct(z.shape, z.dtype) for n, z in discrete.items()}
+    jax.eval_shape(terms, values, latents, call.data)
+    depend = depends(moving, drawn, values, latents, call.data)
+    _require_fixed_supports([name for name in found.latents if depend[name]])
+    dependents = frozenset(name for name in depend if depend[name])
+    return Summed(handlers.substitute(model, substitute_fn=fixed), terms, dependents, infer)
+
+
+def _indices(graph: Graph, sum_op: Callable[..., jax.Array]) -> dict[str, jax.Array]:
+    """The index of each variable's value in each row: where the gradient of its own table is."""
+    own = {f.sites[0]: f for f in graph.factors if f.sites[0] in graph.scopes}
+
+    def total(probes: Mapping[str, jax.Array]) -> jax.Array:
+        factors = [
+            f._replace(table=f.table + probes[f.sites[0]]) if f.sites[0] in probes else f
+            for f in graph.factors
+        ]
+        parts = contract(graph._replace(factors=factors), sum_op)
+        return sum((part.table for part in parts), start=jnp.zeros(()))
+
+    chosen = jax.grad(total)({name: jnp.zeros_like(f.table) for name, f in own.items()})
+    return {name: _index(f._replace(table=chosen[name]), name, graph) for name, f in own.items()}
+
+
+def _index(chosen: Factor, name: str, graph: Graph) -> jax.Array:
+    others = [n for n in chosen.names if n in graph.scopes and n != name]
+    table = jnp.sum(chosen.table, tuple(chosen.names.index(n) for n in others))
+    return jnp.argmax(table, [n for n in chosen.names if n not in others].index(name))
+
+
+def _require_fixed_supports(names: list[str]) -> None:
+    if names:
+        raise ValueError(
+            explain(
+                "The support of a continuous latent depends on a discrete latent.",
+                expected="supports that are the same for all values of the discrete latents",
+                received=f"latents {names}",
+                where="vi.from_numpyro(enumerate=True)",
+                hint="draw the latent on a fixed support and transform it, low[z] + width[z] * u",
+            )
+        )
