@@ -13,7 +13,16 @@ from vi_params import diagnostics, estimators, guides, noise, objectives, solver
 from vi_params._table import Table
 from vi_params._version import __version__
 from vi_params.approximation import Approximation, NutsStart, approximate
-from vi_params.diagnostics import Check, Diagnosis, check, diagnose, draws, resample, summary
+from vi_params.diagnostics import (
+    Check,
+    Diagnosis,
+    check,
+    diagnose,
+    draws,
+    infer_discrete,
+    resample,
+    summary,
+)
 from vi_params.fitting import Fit, Progress, Status, fit
 from vi_params.guide import Draw, Guide, guide
 from vi_params.interop.numpyro import from_numpyro, numpyro_guide
@@ -104,6 +113,7 @@ __all__ = [
     "from_numpyro",
     "guide",
     "guides",
+    "infer_discrete",
     "init_params",
     "iwae",
     "kernels",

@@ -2,6 +2,7 @@
 
 from vi_params.diagnostics.check import Check, check
 from vi_params.diagnostics.diagnose import Diagnosis, diagnose
+from vi_params.diagnostics.discrete import infer_discrete
 from vi_params.diagnostics.draws import draws
 from vi_params.diagnostics.resample import resample
 from vi_params.diagnostics.summary import summary
@@ -14,6 +15,7 @@ __all__ = [
     "check",
     "diagnose",
     "draws",
+    "infer_discrete",
     "psis",
     "resample",
     "summary",

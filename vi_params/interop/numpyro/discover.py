@@ -214,7 +214,8 @@ def _site_facts(sites: Trace, of_discrete: Callable[..., Any] | None) -> dict[st
         if site["type"] != "sample":
             continue
         fn = site["fn"]
-        nesting = max([nesting, len(fn.batch_shape), *(-f.dim for f in site["cond_indep_stack"])])
+        batch = max(len(fn.batch_shape), np.ndim(site["value"]) - fn.event_dim)
+        nesting = max([nesting, batch, *(-f.dim for f in site["cond_indep_stack"])])
         if site["is_observed"]:
             observed.append(name)
             continue
@@ -245,6 +246,11 @@ def _site_facts(sites: Trace, of_discrete: Callable[..., Any] | None) -> dict[st
         "discrete": discrete,
         "nesting": nesting,
     }
+
+
+def _free_shape(support: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a latent's unconstrained value."""
+    return tuple(biject_to(support).inverse_shape(shape))
 
 
 def _plate_size(name: str, site: Mapping[str, Any]) -> int:

@@ -111,9 +111,9 @@ def sum_out(model: Callable, call: Call, found: Found) -> Summed:
     values = jax.eval_shape(start, abstract_key())
     latents = {n: jax.ShapeDtypeStruct(z.shape, z.dtype) for n, z in found.latents.items()}
     drawn = {n: jax.ShapeDtypeStruct(z.shape, z.dtype) for n, z in discrete.items()}
-    jax.eval_shape(terms, values, latents, call.data)
     depend = depends(moving, drawn, values, latents, call.data)
     _require_fixed_supports([name for name in found.latents if depend[name]])
+    jax.eval_shape(terms, values, latents, call.data)
     dependents = frozenset(name for name in depend if depend[name])
     return Summed(handlers.substitute(model, substitute_fn=fixed), terms, dependents, infer)
 

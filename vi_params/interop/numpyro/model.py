@@ -9,7 +9,7 @@ from numpyro import handlers
 from numpyro.distributions import biject_to
 from numpyro.infer.util import compute_log_probs
 
-from vi_params._check import require_names
+from vi_params._check import explain, require_names
 from vi_params.interop.numpyro.call import bind
 from vi_params.interop.numpyro.discover import LOCK, discover, trace
 from vi_params.interop.numpyro.discrete import finite
@@ -35,16 +35,29 @@ def from_numpyro(
     every evaluation where they depend on other latents or on the data. Discrete latents stay: a
     guide of one's own and an estimator that takes them (`vi.estimators.mixed()`) do the rest.
 
+    With `enumerate=True`, discrete latents with finitely many values are summed out exactly: in plates,
+    nested plates, along `numpyro.contrib.control_flow.scan` and numpyro's `markov` (Obermeyer et
+    al., 2019). The target's latents are the continuous ones, its log density log sum_k p(x, z, k),
+    and any guide and solver for continuous latents applies. `vi.infer_discrete` draws the discrete
+    ones afterwards, with the deterministic sites that depend on them; `vi.draws` leaves those out.
+    A masked discrete site adds nothing; `handlers.scale` acts before the sum, the scale of a
+    subsampled plate after it. Inside the program a discrete latent has an extra axis on the left
+    for its values: index with it (`mean[z]`) and broadcast, without reshaping or reducing it; and
+    put what depends on it into its plates. Needs the extra `enumerate` (funsor).
+
     Args:
         model: a NumPyro program; handlers such as `reparam`, `scale` and `mask` may wrap it.
         *args: its positional arguments.
+        enumerate: whether finite discrete latents are summed out; they are refused otherwise.
         **kwargs: its keyword arguments. An observation passed as None makes its site a latent.
 
     Returns:
         A `Target`.
 
     Raises:
-        ValueError: a subsampled plate or mutable state; the message names the site.
+        ValueError: a discrete latent that cannot be summed out, a subsampled plate or mutable
+            state; the message names the site.
+        ImportError: discrete latents are to be summed out and funsor is not installed.
         TypeError: the model does not take these arguments, or needs the value of an array while it
             is traced.
 
@@ -57,6 +70,16 @@ def from_numpyro(
         >>> list(target.latents), list(target.data)
         (['mu'], ['y'])
     """
+    if not isinstance(enumerate, bool):
+        raise TypeError(
+            explain(
+                "enumerate is a switch for all discrete latents.",
+                expected="True or False",
+                received=repr(enumerate),
+                where="vi.from_numpyro",
+                hint="bind an argument of the model that has this name with functools.partial",
+            )
+        )
     call = bind(model, args, kwargs)
     found = discover(model, call, discrete=finite if enumerate else None)
     names = list(found.latents)
