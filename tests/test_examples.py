@@ -66,12 +66,26 @@ def test_logistic_regression():
     assert jnp.mean(spread) > 1.5
 
 
-@pytest.mark.parametrize("name", ["logistic_regression", "vae"])
+@pytest.mark.parametrize("name", ["logistic_regression", "mixture", "vae"])
 def test_missing_scikit_learn_names_the_extra(name, monkeypatch):
-    for module in ("sklearn", "sklearn.datasets", "sklearn.decomposition"):
+    modules = ("sklearn", "sklearn.datasets", "sklearn.decomposition", "sklearn.mixture")
+    for module in modules:
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(SystemExit, match=r"vi_params\[examples\]"):
         load(name)
+
+
+def test_mixture():
+    """No more flowers in another part than by maximum likelihood, about as many as the draws of the
+    labels say; in each draw each flower is in one part."""
+    pytest.importorskip("sklearn")
+    pytest.importorskip("funsor")
+    result = load("mixture").main()
+    assert result.errors <= result.errors_of_scikit_learn <= 6
+    expected = np.sum(1 - np.max(result.probability, axis=1))
+    assert 1 < expected < 8
+    np.testing.assert_array_equal(result.discrete["counts"].sum(axis=1), 150)
+    assert result.diagnosis.k_hat < 0.9
 
 
 def test_custom_guide():
