@@ -1,8 +1,7 @@
 """Sums over all values of discrete variables, exactly, in plates and along time.
 
-A model with finite discrete variables is a product of tables, here held as logarithms:
-
-    p(x, z) = sum_k prod_f exp(table_f[k_f]),   k_f the variables that table f depends on.
+A model with finite discrete variables k is a product of tables, here held as logarithms:
+p(x, z) = sum_k prod_f exp(table_f[k_f]), where k_f are the variables that table f depends on.
 
 Variables are summed out one at a time, always the one whose tables make the smallest product. What
 is in a plate is summed out inside it, all rows at once, and only then multiplied over the rows:
@@ -75,10 +74,7 @@ def root(name: str) -> str:
 
 def lag(name: str) -> int:
     """How many steps back in time a name points."""
-    steps = 0
-    while name.startswith(LAG, steps * len(LAG)):
-        steps += 1
-    return steps
+    return 1 + lag(name[len(LAG) :]) if name.startswith(LAG) else 0
 
 
 def log_sum_exp(table: jax.Array, axis: int, words: tuple) -> jax.Array:
@@ -213,8 +209,7 @@ def _backward(step: Factor, time: str, states: list[str], sum_out: Callable[...,
     """beta(before) = sum_now step_t(before, now) beta(now), from the last step to the first."""
     depth = {s: max(lag(name) for name in step.names if root(name) == s) for s in states}
     before = [LAG * back + s for s in states for back in range(depth[s], 0, -1)]
-    # At time t the state `back` steps before t + 1 is the one `back - 1` steps before t.
-    shifted = [name[len(LAG) :] for name in before]
+    shifted = [name[len(LAG) :] for name in before]  # what is before t + 1, as seen from t
     others = [name for name in step.names if name not in {time, *states, *before}]
     sizes = dict(zip(step.names, step.table.shape, strict=True))
     for state in states:

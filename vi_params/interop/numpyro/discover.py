@@ -277,7 +277,6 @@ def _constants(
     What is a Python number or an array made outside is itself.
     """
     concrete: dict[str, Any] = {}
-
     inputs = (key, data) if values is None else (key, data, values)
 
     def traced(*inputs: Any) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from numpyro import handlers
 
 from vi_params._check import explain
 from vi_params._tree import abstract_key
-from vi_params.interop.numpyro.call import Call
 from vi_params.interop.numpyro.contraction import (
     Factor,
     Graph,
@@ -29,8 +28,8 @@ class Summed(NamedTuple):
     """A model without its discrete latents.
 
     Attributes:
-        model: the program with every discrete latent at one of its values: what does not depend on
-            them, it does as ever.
+        at: `data -> (program, args, kwargs)`: the program with every discrete latent at one of its
+            values. What does not depend on them, it does as ever.
         terms: `(values, latents, data) -> mapping` of the terms of the log density, the discrete
             latents summed out; a term is named after all sites that went into it.
         dependents: the deterministic sites that depend on discrete latents.
@@ -39,18 +38,18 @@ class Summed(NamedTuple):
             the jointly most probable values where `key` is None.
     """
 
-    model: Callable
+    at: Callable[[Any], tuple[Callable, tuple, dict[str, Any]]]
     terms: Callable[[Any, Any, Any], dict[str, jax.Array]]
     dependents: frozenset[str]
     infer: Callable[[Any, Any, jax.Array | None, Any], dict[str, jax.Array]]
 
 
-def sum_out(model: Callable, call: Call, found: Found) -> Summed:
+def sum_out(at: Callable[[Any], tuple], data: Any, found: Found) -> Summed:
     """The model without its discrete latents.
 
     Args:
-        model: a NumPyro program.
-        call: how it is called.
+        at: `data -> (program, args, kwargs)`: a NumPyro program and its arguments.
+        data: the data at which it is traced.
         found: what it holds, its discrete latents among it.
 
     Raises:
@@ -67,14 +66,18 @@ def sum_out(model: Callable, call: Call, found: Found) -> Summed:
             return jnp.full(site["fn"].shape(), known.values[0], known.dtype)
         return None
 
-    def plain(values: Any, latents: Any, data: Any) -> Any:
-        args, kwargs = call.arguments(data)
-        program = handlers.substitute(model, data={**values, **latents})
-        return trace(handlers.substitute(program, substitute_fn=fixed), args, kwargs)
+    def at_one(data: Any) -> tuple[Callable, tuple, dict[str, Any]]:
+        program, args, kwargs = at(data)
+        return handlers.substitute(program, substitute_fn=fixed), args, kwargs
+
+    def plain(given: Mapping[str, Any], data: Any) -> Any:
+        program, args, kwargs = at_one(data)
+        return trace(handlers.substitute(program, data=dict(given)), args, kwargs)
 
     def graph(values: Any, latents: Any, data: Any) -> tuple[Graph, dict[str, jax.Array]]:
-        program = handlers.substitute(model, data=dict(values))
-        return graph_of(program, call.arguments(data), latents, discrete, found.nesting)
+        program, *call = at(data)
+        fixed_values = handlers.substitute(program, data=dict(values))
+        return graph_of(fixed_values, call, latents, discrete, found.nesting)
 
     def terms(values: Any, latents: Any, data: Any) -> dict[str, jax.Array]:
         tables, found = graph(values, latents, data)
@@ -86,7 +89,7 @@ def sum_out(model: Callable, call: Call, found: Found) -> Summed:
     def infer(values: Any, latents: Any, key: jax.Array | None, data: Any) -> dict[str, jax.Array]:
         tables, _ = graph(values, latents, data)
         found = _indices(tables, maximum if key is None else sampling(key))
-        sites = plain(values, latents, data)
+        sites = plain({**values, **latents}, data)
         drawn = {}
         for name, known in discrete.items():
             shape = jnp.shape(sites[name]["value"])
@@ -95,12 +98,12 @@ def sum_out(model: Callable, call: Call, found: Found) -> Summed:
             # One value only: there is no table.
             index = jnp.concatenate(list(map(jnp.ravel, parts))) if parts else jnp.zeros(shape, int)
             drawn[name] = jnp.asarray(known.values, known.dtype)[index.reshape(shape)]
-        sites = plain(values, {**latents, **drawn}, data)
+        sites = plain({**values, **latents, **drawn}, data)
         return {**drawn, **{name: jnp.asarray(sites[name]["value"]) for name in dependents}}
 
     def moving(drawn: Any, values: Any, latents: Any, data: Any) -> dict[str, Any]:
         """What might depend on the discrete latents: deterministic sites and supports."""
-        sites = plain(values, {**latents, **drawn}, data)
+        sites = plain({**values, **latents, **drawn}, data)
         deterministic = {n: s["value"] for n, s in sites.items() if s["type"] == "deterministic"}
         supports = {n: jax.tree.leaves(sites[n]["fn"].support) for n in found.latents}
         return {**deterministic, **supports}
@@ -111,11 +114,11 @@ def sum_out(model: Callable, call: Call, found: Found) -> Summed:
     values = jax.eval_shape(start, abstract_key())
     latents = {n: jax.ShapeDtypeStruct(z.shape, z.dtype) for n, z in found.latents.items()}
     drawn = {n: jax.ShapeDtypeStruct(z.shape, z.dtype) for n, z in discrete.items()}
-    depend = depends(moving, drawn, values, latents, call.data)
+    depend = depends(moving, drawn, values, latents, data)
     _require_fixed_supports([name for name in found.latents if depend[name]])
-    jax.eval_shape(terms, values, latents, call.data)
+    jax.eval_shape(terms, values, latents, data)
     dependents = frozenset(name for name in depend if depend[name])
-    return Summed(handlers.substitute(model, substitute_fn=fixed), terms, dependents, infer)
+    return Summed(at_one, terms, dependents, infer)
 
 
 def _indices(graph: Graph, sum_op: Callable[..., jax.Array]) -> dict[str, jax.Array]:

@@ -83,18 +83,21 @@ def from_numpyro(
     call = bind(model, args, kwargs)
     found = discover(model, call, discrete=finite if enumerate else None)
     names = list(found.latents)
-    summed = sum_out(model, call, found) if found.discrete else None
-    if summed is not None:
-        model = summed.model
+
+    def joint_at(data: Any) -> tuple[Callable, tuple, dict[str, Any]]:
+        return model, *call.arguments(data)
+
+    summed = sum_out(joint_at, call.data, found) if found.discrete else None
+    at = joint_at if summed is None else summed.at
 
     def run(fixed: Mapping[str, Any], data: Any) -> Any:
-        args, kwargs = call.arguments(data)
-        return trace(handlers.substitute(model, data=dict(fixed)), args, kwargs)
+        program, args, kwargs = at(data)
+        return trace(handlers.substitute(program, data=dict(fixed)), args, kwargs)
 
     def joint_terms(values: Any, latents: Any, data: Any) -> dict[str, jax.Array]:
-        args, kwargs = call.arguments(data)
+        program, args, kwargs = at(data)
         with LOCK:
-            return compute_log_probs(model, args, kwargs, {**values, **latents})[0]
+            return compute_log_probs(program, args, kwargs, {**values, **latents})[0]
 
     terms = joint_terms if summed is None else summed.terms
 
@@ -118,8 +121,8 @@ def from_numpyro(
                 return biject_to(site["fn"].support)(u[site["name"]])
             return None
 
-        args, kwargs = call.arguments(data)
-        fixed = handlers.substitute(model, data=dict(values))
+        program, args, kwargs = at(data)
+        fixed = handlers.substitute(program, data=dict(values))
         sites = trace(handlers.substitute(fixed, substitute_fn=forward), args, kwargs)
         latents = {name: sites[name]["value"] for name in names}
         log_dets = [
@@ -134,8 +137,8 @@ def from_numpyro(
         return {name: _transform(sites[name]).inv(latents[name]) for name in names}
 
     def start(strategy: Callable, key: jax.Array) -> dict[str, jax.Array]:
-        args, kwargs = call.arguments(call.data)
-        seeded = handlers.substitute(handlers.seed(model, key), substitute_fn=strategy)
+        program, args, kwargs = at(call.data)
+        seeded = handlers.substitute(handlers.seed(program, key), substitute_fn=strategy)
         sites = trace(seeded, args, kwargs)
         return {
             name: _transform(sites[name]).inv(jnp.asarray(sites[name]["value"], float))

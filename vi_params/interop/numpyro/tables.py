@@ -7,7 +7,7 @@ latents it depends on.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +30,7 @@ TIME = "_time_"
 
 def graph_of(
     program: Callable,
-    call: tuple[tuple, Mapping[str, Any]],
+    call: Sequence[Any],
     latents: Mapping[str, jax.Array],
     discrete: Mapping[str, Discrete],
     nesting: int,
@@ -39,7 +39,7 @@ def graph_of(
 
     Args:
         program: a NumPyro program, its parameters and the indices of its plates already fixed.
-        call: its arguments, positional and keyword.
+        call: its arguments, the positional ones and the keyword ones.
         latents: its continuous latents.
         discrete: its discrete latents.
         nesting: how many axes its plates and batches take up.
