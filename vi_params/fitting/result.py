@@ -18,6 +18,8 @@ class Status(enum.Enum):
     CONVERGED = "the loss has levelled off"
     NUM_STEPS = "all steps were made; the loss may still be falling"
     INTERRUPTED = "interrupted; this is what was reached"
+    DATA_ENDED = "the data ended before all steps were made"
+    DATA_FAILED = "a batch could not be used; this is what was reached before it"
     STUCK = "no step could be taken any more: loss, gradient or update were not finite"
     INVALID_START = "no start with a finite loss and gradient was found"
 
@@ -109,6 +111,7 @@ def assemble(
     statuses: list[Status],
     skipped: np.ndarray,
     final: Final,
+    told: str = "",
 ) -> Fit:
     """The `Fit` of all restarts: the best chosen, the others compared with it.
 
@@ -118,6 +121,7 @@ def assemble(
         statuses: how each ended.
         skipped: how many steps of each were skipped.
         final: their ELBOs.
+        told: what else a reader must know.
     """
     steps = np.asarray(states.step)
     rank = np.where(np.isfinite(final.elbos), final.elbos, -np.inf)
@@ -140,7 +144,7 @@ def assemble(
         elbo_se=float(ses[best]),
         best=best,
         restarts=Table(columns, rows),
-        message=_message(final, best),
+        message=f"{told}\n{_message(final, best)}".strip(),
         all_states=states,
         all_losses=losses,
     )

@@ -10,8 +10,10 @@ from numpyro.distributions import biject_to
 from numpyro.infer.util import compute_log_probs
 
 from vi_params._check import require_names
+from vi_params.batches.batch import row_scale, split
 from vi_params.interop.numpyro.call import bind
 from vi_params.interop.numpyro.discover import LOCK, discover, trace
+from vi_params.interop.numpyro.plates import with_rows
 from vi_params.target import Target, build
 
 
@@ -24,6 +26,12 @@ def from_numpyro(model: Callable, *args: Any, **kwargs: Any) -> Target:
     `target.declared`; deterministic sites come back with `vi.draws`. Supports follow the model at
     every evaluation where they depend on other latents or on the data.
 
+    Plates with `subsample_size` are minibatched: `vi.svi` and `vi.fit` draw their rows in every
+    step, for model and guide alike, and NumPyro's scale N / B makes the estimate unbiased. Called
+    with all data, as by `vi.draws` and `vi.diagnose`, the same model runs over all rows. A model of
+    such a plate that is handed a batch of rows only, and does not use the plate's indices, is for
+    `vi.fit(..., data=iterable)`.
+
     Args:
         model: a NumPyro program; handlers such as `reparam`, `scale` and `mask` may wrap it.
         *args: its positional arguments.
@@ -33,8 +41,8 @@ def from_numpyro(model: Callable, *args: Any, **kwargs: Any) -> Target:
         A `Target`.
 
     Raises:
-        ValueError: a discrete latent, a subsampled plate or mutable state; the message names the
-            site.
+        ValueError: a discrete latent, mutable state, or a batch larger than its plate; the message
+            names the site. At a call: the size of a subsampled plate has changed.
         TypeError: the model does not take these arguments, or needs the value of an array while it
             is traced.
 
@@ -51,14 +59,19 @@ def from_numpyro(model: Callable, *args: Any, **kwargs: Any) -> Target:
     found = discover(model, call)
     names = list(found.latents)
 
+    def at(data: Any) -> tuple[Callable, tuple, dict[str, Any]]:
+        """The model at the rows of `data`, and its arguments."""
+        program = with_rows(model, data, found.plates, found.declared, found.streamed)
+        return program, *call.arguments(split(data)[0])
+
     def run(fixed: Mapping[str, Any], data: Any) -> Any:
-        args, kwargs = call.arguments(data)
-        return trace(handlers.substitute(model, data=dict(fixed)), args, kwargs)
+        program, args, kwargs = at(data)
+        return trace(handlers.substitute(program, data=dict(fixed)), args, kwargs)
 
     def terms(values: Any, latents: Any, data: Any) -> dict[str, jax.Array]:
-        args, kwargs = call.arguments(data)
+        program, args, kwargs = at(data)
         with LOCK:
-            return compute_log_probs(model, args, kwargs, {**values, **latents})[0]
+            return compute_log_probs(program, args, kwargs, {**values, **latents})[0]
 
     def log_density(values: Any, latents: Any, data: Any) -> jax.Array:
         return sum(terms(values, latents, data).values(), start=jnp.zeros(()))
@@ -77,12 +90,13 @@ def from_numpyro(model: Callable, *args: Any, **kwargs: Any) -> Target:
                 return biject_to(site["fn"].support)(u[site["name"]])
             return None
 
-        args, kwargs = call.arguments(data)
-        fixed = handlers.substitute(model, data=dict(values))
+        program, args, kwargs = at(data)
+        fixed = handlers.substitute(program, data=dict(values))
         sites = trace(handlers.substitute(fixed, substitute_fn=forward), args, kwargs)
         latents = {name: sites[name]["value"] for name in names}
         log_dets = [
-            jnp.sum(_transform(sites[name]).log_abs_det_jacobian(u[name], latents[name]))
+            row_scale(found.latents[name].plates, jnp.shape(u[name]), found.plates)
+            * jnp.sum(_transform(sites[name]).log_abs_det_jacobian(u[name], latents[name]))
             for name in names
         ]
         return latents, sum(log_dets, start=jnp.zeros(()))
@@ -93,8 +107,8 @@ def from_numpyro(model: Callable, *args: Any, **kwargs: Any) -> Target:
         return {name: _transform(sites[name]).inv(latents[name]) for name in names}
 
     def start(strategy: Callable, key: jax.Array) -> dict[str, jax.Array]:
-        args, kwargs = call.arguments(call.data)
-        seeded = handlers.substitute(handlers.seed(model, key), substitute_fn=strategy)
+        program, args, kwargs = at(call.data)
+        seeded = handlers.substitute(handlers.seed(program, key), substitute_fn=strategy)
         sites = trace(seeded, args, kwargs)
         return {
             name: _transform(sites[name]).inv(jnp.asarray(sites[name]["value"], float))
@@ -110,6 +124,7 @@ def from_numpyro(model: Callable, *args: Any, **kwargs: Any) -> Target:
         deterministic=deterministic,
         start=start,
         plates=found.plates,
+        subsample={n: size for n, size in found.subsample.items() if n not in found.streamed},
         terms=terms,
         constrain=constrain if dynamic else None,
         unconstrain=unconstrain if dynamic else None,
