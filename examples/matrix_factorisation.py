@@ -80,7 +80,7 @@ class Result(NamedTuple):
 
 def optimizer(declared):
     """A row is seen ten times in all: its own rate is high, with a short memory."""
-    local = optax.adam(optax.cosine_decay_schedule(0.15, STEPS), b1=0.5, b2=0.9)
+    local = optax.adam(optax.cosine_decay_schedule(0.5, STEPS), b1=0.5, b2=0.9)
     rest = optax.adam(optax.cosine_decay_schedule(0.03, STEPS))
     labels = vi.labels(declared, {"theta": "local", ".*": "rest"})
     return optax.multi_transform({"local": local, "rest": rest}, labels)

@@ -110,3 +110,21 @@ def test_vae(tmp_path, monkeypatch):
     assert result.vae_error < 0.7 * result.pca_error
     assert result.fit.skipped == 0
     assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(result.fit.params))
+
+
+def test_matrix_factorisation():
+    """A million rows are fitted: the noise is found, and means of questions not asked far better
+    than by the questions' averages."""
+    result = load("matrix_factorisation").main()
+    assert abs(result.noise - 0.5) < 0.1
+    assert result.error < 0.5 * result.baseline
+    assert result.coverage > 0.7
+    assert result.fit.skipped == 0
+
+
+def test_streaming():
+    """Batches from a file lead to the exact posterior, within the noise of their gradients."""
+    result = load("streaming").main()
+    assert result.error < 1.0
+    assert result.scale < 1.5
+    assert result.fit.status.name == "NUM_STEPS"
