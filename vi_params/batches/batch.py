@@ -18,7 +18,8 @@ class Batch:
     """The rows of some plates: what an objective, a target or a guide takes in place of all data.
 
     A target's log density at a batch is an unbiased estimate of the one at all data: rows of a
-    plate of size N of which B are looked at count N / B times.
+    plate of size N of which B are looked at count N / B times. Rows that do not exist are an error;
+    under jit, where their values are not known, the loss is NaN and the step is skipped.
 
     Attributes:
         data: the data, whole: their rows are taken where they are used.

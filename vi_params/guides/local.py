@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.distributions import constraints
 
+from vi_params._check import explain
 from vi_params._tree import fold_in_name
 from vi_params.batches.batch import row_scale
 from vi_params.guide import Draw, Guide, key_noise, pick_own, sampler
@@ -76,7 +77,17 @@ def local_mean_field(target: Target, init: Any, init_scale: float, name: str) ->
         return target.constrain(model_values(target, params), u, data)
 
     def noise(key: jax.Array, num_particles: int, scheme: Noise | None = None) -> jax.Array:
-        return key_noise(key, num_particles, scheme)
+        if scheme is not None and not scheme.is_iid:
+            raise ValueError(
+                explain(
+                    "The noise of latents with rows is drawn where their batch is known.",
+                    expected="vi.noise.iid()",
+                    received=f"vi.noise.{scheme.name}()",
+                    where="vi.guides.mean_field of a target with latents in a subsampled plate",
+                    hint="vi.guides.full_rank or a model without subsample_size take any scheme",
+                )
+            )
+        return key_noise(key, num_particles)
 
     def transform(params: Any, key: jax.Array, data: Any = None) -> Draw:
         u, log_q = {}, jnp.zeros(())

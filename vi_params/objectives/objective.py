@@ -93,6 +93,8 @@ def objective(
             require_index(data.index, target.plates, "objective")
             params = rows_at(declared, params, data)
             data = dataclasses.replace(data, taken=True)
+            value, aux = evaluate(params, noise, data)
+            return jnp.where(_is_inside(data.index, target.plates), value, jnp.nan), aux
         return evaluate(params, noise, data)
 
     def loss(params: Any, key: jax.Array, data_: Any = None) -> tuple[jax.Array, Any]:
@@ -100,6 +102,12 @@ def objective(
         return checked(params, draw(key), data if data_ is None else data_)
 
     return Objective(declared, loss, data, draw, checked, target, guide)
+
+
+def _is_inside(index: Mapping[str, jax.Array], sizes: Mapping[str, int]) -> jax.Array:
+    """Whether all rows exist: under jit their values are not known when `require_index` looks."""
+    inside = [jnp.all((rows >= 0) & (rows < sizes[plate])) for plate, rows in index.items()]
+    return jnp.all(jnp.stack([jnp.bool_(True), *inside]))
 
 
 def resolve(owner: Objective | Target, data: Any) -> Any:
