@@ -10,6 +10,7 @@ import numpy as np
 from vi_params._check import explain
 from vi_params._tree import leaves_by_path
 from vi_params.batches import Batch
+from vi_params.batches.batch import split
 from vi_params.fitting.interrupt import Interrupt
 from vi_params.fitting.lanes import RUNNING, Lanes, Programs
 from vi_params.objectives.objective import Objective, resolve
@@ -34,10 +35,9 @@ def is_stream(objective: Objective, data: Any) -> bool:
     if isinstance(data, Iterator):
         return True
     own = jax.tree.structure(objective.data)
-    if hasattr(data, "dtype") or jax.tree.structure(data) == own:
-        return False
-    leaf = jax.tree_util.all_leaves([data])  # a loader, not a tuple or list of arrays
-    return leaf or own.num_leaves > 0
+    if isinstance(data, (list, tuple)):  # a tree as well: of batches, if the first is one
+        return not data or jax.tree.structure(split(data[0])[0]) == own
+    return not hasattr(data, "dtype") and jax.tree_util.all_leaves([data])
 
 
 class Stream:
