@@ -113,10 +113,10 @@ def test_vae(tmp_path, monkeypatch):
 
 
 def test_matrix_factorisation():
-    """A million rows are fitted: the noise is found, and means of questions not asked far better
-    than by the questions' averages."""
+    """A million rows are fitted: means of questions not asked are found far better than by the
+    questions' averages, with intervals that hold most of them."""
     result = load("matrix_factorisation").main()
-    assert abs(result.noise - 0.5) < 0.4
+    assert 0.4 < result.noise < 1.1
     assert result.error < 0.5 * result.baseline
     assert result.coverage > 0.7
     assert result.fit.skipped == 0
