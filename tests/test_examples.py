@@ -124,3 +124,21 @@ def test_vae(tmp_path, monkeypatch):
     assert result.vae_error < 0.7 * result.pca_error
     assert result.fit.skipped == 0
     assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(result.fit.params))
+
+
+def test_matrix_factorisation():
+    """A million rows are fitted: means of questions not asked are found far better than by the
+    questions' averages, with intervals that hold most of them."""
+    result = load("matrix_factorisation").main()
+    assert 0.4 < result.noise < 1.1
+    assert result.error < 0.5 * result.baseline
+    assert result.coverage > 0.7
+    assert result.fit.skipped == 0
+
+
+def test_streaming():
+    """Batches from a file lead to the exact posterior, within the noise of their gradients."""
+    result = load("streaming").main()
+    assert result.error < 1.0
+    assert result.scale < 1.5
+    assert result.fit.status.name == "NUM_STEPS"

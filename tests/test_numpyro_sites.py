@@ -99,9 +99,9 @@ def discrete(y):
     numpyro.sample("y", dist.Normal(k, 1.0), obs=y)
 
 
-def subsampled(y):
+def too_large_a_batch(y):
     z = numpyro.sample("z", dist.Normal())
-    with numpyro.plate("rows", y.shape[0], subsample_size=2):
+    with numpyro.plate("rows", y.shape[0], subsample_size=4):
         numpyro.sample("y", dist.Normal(z, 1.0), obs=numpyro.subsample(y, 0))
 
 
@@ -130,7 +130,11 @@ def moving_constraint(y):
 
 CONCRETE = ["needs the value of an array", "static", "Where: "]
 REFUSED = {
-    "subsampled plate": (subsampled, ValueError, ["plate 'rows'", "subsample_size=2 of 3"]),
+    "batch larger than N": (
+        too_large_a_batch,
+        ValueError,
+        ["plate 'rows'", "from 1 to 3", "Received: 4"],
+    ),
     "branch on data": (branching, TypeError, [*CONCRETE, "branching"]),
     "boolean selection": (selecting, TypeError, [*CONCRETE, "selecting"]),
     "count from data": (counting, TypeError, [*CONCRETE, "counting"]),

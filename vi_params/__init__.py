@@ -9,10 +9,21 @@ guides are pure functions of `(params, key)`; a fit is one compiled program.
     vi.diagnose(target, guide, fit.params, jax.random.key(1))
 """
 
-from vi_params import diagnostics, estimators, guides, noise, objectives, solvers, stopping
+from vi_params import (
+    batches,
+    diagnostics,
+    estimators,
+    guides,
+    noise,
+    objectives,
+    solvers,
+    stopping,
+    updates,
+)
 from vi_params._table import Table
 from vi_params._version import __version__
 from vi_params.approximation import Approximation, NutsStart, approximate
+from vi_params.batches import Batch
 from vi_params.diagnostics import (
     Check,
     Diagnosis,
@@ -63,11 +74,12 @@ from vi_params.params import (
 )
 from vi_params.solvers import Solution, SolverInfo, SolverStatus, linear_response, merge
 from vi_params.svi import SVI, Info, Start, State, run, svi
-from vi_params.target import FlatTarget, Target, flat, target
+from vi_params.target import FlatTarget, Minibatch, Target, flat, minibatch, target
 
 __all__ = [
     "SVI",
     "Approximation",
+    "Batch",
     "Check",
     "Diagnosis",
     "Divergence",
@@ -79,6 +91,7 @@ __all__ = [
     "Kernel",
     "Latent",
     "Measure",
+    "Minibatch",
     "NutsStart",
     "Objective",
     "Param",
@@ -93,6 +106,7 @@ __all__ = [
     "Target",
     "__version__",
     "approximate",
+    "batches",
     "check",
     "constrain",
     "constrain_with_log_det",
@@ -121,6 +135,7 @@ __all__ = [
     "linear_response",
     "load_params",
     "merge",
+    "minibatch",
     "mmd",
     "neural_posterior",
     "noise",
@@ -141,4 +156,5 @@ __all__ = [
     "take_rows",
     "target",
     "unconstrain",
+    "updates",
 ]

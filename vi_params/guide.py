@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +11,11 @@ from numpyro import distributions as dist
 
 from vi_params._check import explain, require_key, require_names
 from vi_params._tree import fold_in_name, pick
+from vi_params.batches.batch import row_scale, split
 from vi_params.noise import Noise
 from vi_params.params import constrain
 from vi_params.params.declare import Declared, normalise
+from vi_params.params.rows import rows_at
 from vi_params.sites import Site
 
 
@@ -55,6 +58,10 @@ class Guide(NamedTuple):
         is_point: whether all mass is in one point, so that there is no density to judge.
         is_reparameterised: whether draws have a gradient with respect to the parameters, as far as
             `distributions` does not say otherwise.
+        plates: plate -> size, of the plates that the guide itself has.
+        in_plates: `(latent -> plates of its leading axes, plate -> size, see) -> Guide`: the guide
+            told where its latents lie, so that it counts the rows of a batch as the target does,
+            and sees the data as `see(data)`; None for guides that know.
     """
 
     declared: Declared
@@ -69,6 +76,8 @@ class Guide(NamedTuple):
     data: Any = None
     is_point: bool = False
     is_reparameterised: bool = True
+    plates: Mapping[str, int] = MappingProxyType({})
+    in_plates: Callable[..., "Guide"] | None = None
 
 
 def sampler(noise: Callable[..., Any], transform: Callable[..., Draw]) -> Callable[..., Draw]:
@@ -110,6 +119,10 @@ def guide(declared: Declared, q: Callable[..., Any]) -> Guide:
             names of latents to numpyro distributions, or to one distribution for the only latent
             of a target. Latents are independent given the values.
 
+    At a batch of rows a value declared with `Param(..., plates=("rows",))` arrives reduced to these
+    rows, and `data` are the rows' own; without one it has all its rows: the same `q` serves both.
+    Latents that have the plate in the target count N / B times, as they do there.
+
     Returns:
         A `Guide`.
 
@@ -126,12 +139,20 @@ def guide(declared: Declared, q: Callable[..., Any]) -> Guide:
         >>> guide.log_prob(params, {"z": jnp.zeros(())})
         Array(-0.9189385, dtype=float32)
     """
-    declared = normalise(declared)
-    takes_data = _takes_data(q)
+    return _guide(normalise(declared), q, _takes_data(q), {}, {}, lambda data: split(data)[0])
 
+
+def _guide(
+    declared: Declared,
+    q: Callable[..., Any],
+    takes_data: bool,
+    plates: Mapping[str, tuple[str | None, ...]],
+    sizes: Mapping[str, int],
+    see: Callable[[Any], Any],
+) -> Guide:
     def distributions(params: Any, data: Any = None) -> dict[str, dist.Distribution]:
-        values = constrain(declared, pick_own(params, declared))
-        found = q(values, data) if takes_data else q(values)
+        values = constrain(declared, rows_at(declared, pick_own(params, declared), data))
+        found = q(values, see(data)) if takes_data else q(values)
         if isinstance(found, dist.Distribution):
             return {SINGLE: found}
         if isinstance(found, Mapping) and all(
@@ -149,7 +170,10 @@ def guide(declared: Declared, q: Callable[..., Any]) -> Guide:
 
     def score(q: Mapping[str, dist.Distribution], latents: Any) -> jax.Array:
         require_names(list(latents), list(q), what="latents", where="guide.log_prob")
-        terms = [jnp.sum(q[name].log_prob(latents[name])) for name in q]
+        terms = []
+        for name in q:
+            scale = row_scale(plates.get(name, ()), jnp.shape(latents[name]), sizes)
+            terms.append(scale * jnp.sum(q[name].log_prob(latents[name])))
         return jnp.sum(jnp.stack(terms))
 
     def transform(params: Any, noise: jax.Array, data: Any = None) -> Draw:
@@ -180,6 +204,7 @@ def guide(declared: Declared, q: Callable[..., Any]) -> Guide:
         transform=transform,
         distributions=distributions,
         sites=sites,
+        in_plates=lambda *where: _guide(declared, q, takes_data, *where),
     )
 
 

@@ -9,12 +9,15 @@ from numpyro.distributions import constraints
 
 from vi_params._check import explain, require_names
 from vi_params._tree import abstract_key, fold_in_name, is_traced, merge
+from vi_params.batches.batch import Batch
 from vi_params.guide import SINGLE, Draw, Guide
 from vi_params.params import Latent, init_params
 from vi_params.params.declare import bijector, constraint_name
 from vi_params.params.maps import abstract_params
+from vi_params.params.rows import plates_of
 from vi_params.sites import Site, is_point_mass
-from vi_params.target import EMPTY, Target
+from vi_params.target import EMPTY, Target, require_draw
+from vi_params.target.minibatch import require_plates
 
 
 def matched(target: Target, guide: Guide) -> Guide:
@@ -22,6 +25,7 @@ def matched(target: Target, guide: Guide) -> Guide:
 
     A guide of one unnamed latent takes the name of the target's only one.
     """
+    guide = _in_plates(target, guide)
     params = abstract_params(joint_declared(target, guide))
     data = joint_data(target, guide)
     key = abstract_key()
@@ -48,7 +52,50 @@ def matched(target: Target, guide: Guide) -> Guide:
             )
     _require_kinds(target, guide)
     _require_supports(target, guide, data)
+    if target.subsample:
+        index = {
+            plate: jax.ShapeDtypeStruct((batch,), jnp.int32)
+            for plate, batch in target.subsample.items()
+        }
+        at_batch = jax.eval_shape(guide.sample, params, key, Batch(data, index)).latents
+        require_draw(at_batch, target.latents, "the guide at a batch", index)
     return guide
+
+
+def _in_plates(target: Target, guide: Guide) -> Guide:
+    """The guide told of the target's plates, and checked to have the same sizes."""
+    changed = {n for n, size in guide.plates.items() if target.plates.get(n, size) != size}
+    if changed:
+        raise ValueError(
+            explain(
+                "Target and guide have a plate of two sizes.",
+                expected=", ".join(f"{name!r}: {target.plates[name]}" for name in sorted(changed)),
+                received=", ".join(f"{name!r}: {guide.plates[name]}" for name in sorted(changed)),
+                where="target and guide",
+            )
+        )
+    require_plates(plates_of(joint_declared(target, guide)), target.plates, "declared")
+    if guide.in_plates is None:
+        return guide
+    plates = {name: latent.plates for name, latent in target.latents.items()}
+    if SINGLE not in plates and len(plates) == 1:
+        plates[SINGLE] = next(iter(plates.values()))
+    return guide.in_plates(plates, target.plates, target.see or _see_whole)
+
+
+def _see_whole(data: Any) -> Any:
+    if isinstance(data, Batch):
+        raise ValueError(
+            explain(
+                "Only the NumPyro model knows which of its arrays have rows.",
+                expected="q(values), or a guide that takes its rows itself",
+                received="q(values, data) at a batch",
+                where="q of vi.guide",
+                hint="write the guide as a program with the same plate and numpyro.subsample: "
+                "vi.numpyro_guide",
+            )
+        )
+    return data
 
 
 def joint_declared(target: Target, guide: Guide) -> dict[str, Any]:

@@ -2,18 +2,29 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 
-from vi_params._check import explain, require_count, require_key
-from vi_params._tree import abstract_key, all_finite, flatten_like, strong, where_tree
+from vi_params._check import explain, require_count, require_instance, require_key
+from vi_params._tree import abstract_key, all_finite, fold_in_name, strong
+from vi_params.batches import Scheme, shuffled
 from vi_params.objectives.objective import Objective, resolve
 from vi_params.params import init_params
 from vi_params.params.maps import abstract_params
+from vi_params.state import (
+    SVI,
+    Info,
+    Start,
+    State,
+    accept,
+    require_params,
+    strong_number,
+)
+from vi_params.updates import Updates, rows
 
 TRIES = 100
 """How many starts are drawn until one has a finite loss and gradient."""
@@ -22,87 +33,38 @@ BLOCK = 2**18
 """How many numbers of noise are drawn ahead of a loop, to a factor of two."""
 
 
-class State(NamedTuple):
-    """What the next step needs.
-
-    Attributes:
-        params: the unconstrained parameters.
-        opt_state: the optimiser's state.
-        step: how many steps were made; an int32 scalar.
-    """
-
-    params: Any
-    opt_state: Any
-    step: jax.Array
-
-
-class Info(NamedTuple):
-    """What a reader wants to know of a step.
-
-    Attributes:
-        loss: the loss before the step.
-        grad_norm: the Euclidean norm of its gradient.
-        skipped: whether the step was not taken because something in it was not finite.
-    """
-
-    loss: jax.Array
-    grad_norm: jax.Array
-    skipped: jax.Array
-
-
-class Start(NamedTuple):
-    """A starting state and how good it is.
-
-    Attributes:
-        state: the state at step 0.
-        valid: whether loss and gradient are finite there.
-        tries: how many starts were drawn.
-    """
-
-    state: State
-    valid: jax.Array
-    tries: jax.Array
-
-
-class SVI(NamedTuple):
-    """An optimisation as pure functions, for `jit`, `vmap` and `lax.scan`.
-
-    Attributes:
-        init: `(key, params=None, data=default) -> State`: from the first valid start, or `params`.
-        step: `(state, key, data=default) -> (State, Info)`; `update` at `noise(key)`.
-        start: `(key, params=None, data=default) -> Start`: `init` that says whether it is valid.
-        noise: `key -> noise`, the randomness of a step.
-        update: `(state, noise, data) -> (State, Info)`: `accept` of what `propose` gives.
-        propose: `(state, noise, data) -> (State, Info)`: the step, also where it is to be skipped.
-        data: the default data.
-    """
-
-    init: Callable[..., State]
-    step: Callable[..., tuple[State, Info]]
-    start: Callable[..., Start]
-    noise: Callable[[jax.Array], Any]
-    update: Callable[[State, Any, Any], tuple[State, Info]]
-    propose: Callable[[State, Any, Any], tuple[State, Info]]
-    data: Any
-
-
-def svi(objective: Objective, optimizer: optax.GradientTransformation) -> SVI:
+def svi(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    batches: Scheme | None = None,
+    updates: Updates | None = None,
+) -> SVI:
     """Gradient steps of an optax transformation on an objective.
 
     A step whose loss, gradient norm or update is not finite is not taken: parameters and optimiser
     state stay as they were, and `info.skipped` says so. (A norm that overflows counts too: squares
     of such a gradient would stay in the memory of an optimiser like Adam for good.)
 
+    Where the target has subsampled plates a step looks at a batch of their rows. In `vi.run` and
+    `vi.fit` the rows follow from the run's key and the number of the step, so that `batches` hold
+    over the whole run; `svi.step` draws by its own key and the state's step number.
+
     Args:
         objective: what to minimise.
         optimizer: any `optax.GradientTransformation`. Those with extra arguments get `value`,
             `grad` and `value_fn` (the loss at the step's own noise), as `optax.lbfgs` needs.
+        batches: how rows are drawn: `vi.batches.shuffled()` (the default), ...
+        updates: whether a step updates the rows of its batch alone, `vi.updates.rows()` (the
+            default), or all of them, `vi.updates.dense()`. It matters to parameters declared with a
+            subsampled plate only.
 
     Returns:
         An `SVI`.
 
     Raises:
         TypeError: `optimizer` is not an optax transformation.
+        ValueError: the optimiser keeps state that has no rows, under `vi.updates.rows()`.
 
     Example:
         >>> target = vi.target(lambda v, z, d: -0.5 * jnp.sum(z["z"] ** 2), {"z": vi.Latent((2,))})
@@ -122,36 +84,64 @@ def svi(objective: Objective, optimizer: optax.GradientTransformation) -> SVI:
                 where="optimizer",
             )
         )
+    batches, updates = batches or shuffled(), updates or rows()
+    require_instance(batches, Scheme, "vi.batches.shuffled()", "vi.svi, batches")
+    require_instance(updates, Updates, "vi.updates.rows()", "vi.svi, updates")
     rule = optax.with_extra_args_support(optimizer)
+    sizes = objective.sizes
+    lens = updates.bind(objective.declared, rule.init, sizes, not batches.repeats)
 
-    def evaluate(params: Any, noise: Any, data: Any, at: Any = None) -> tuple:
-        """The loss, its gradient and the gradient's norm, finite only if all its entries are."""
-        slope = jax.value_and_grad(objective.evaluate, has_aux=True)
-        (loss, _), grads = slope(params, noise, data, at)
-        norm = jnp.sqrt(sum(jnp.sum(jnp.abs(g) ** 2) for g in jax.tree.leaves(grads)))
-        return loss, grads, norm
+    def evaluate(params: Any, noise: Any, data: Any) -> tuple[jax.Array, jax.Array]:
+        """The loss and its gradient's norm, of the batch's rows alone where these are updated."""
+        see = _as_they_are
+        if lens is not None:
+            at = lens(noise, data)
+            params, data, see = at.take_params(params), at.batch, at.see
 
-    def propose(state: State, noise: Any, data: Any) -> tuple[State, Info]:
-        loss, grads, norm = evaluate(state.params, noise, data, state.step)
+        def loss(params: Any) -> tuple[jax.Array, Any]:
+            return objective.evaluate(see(params), noise, data)
+
+        (value, _), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return value, _norm(grads)
+
+    def propose(state: State, noise: Any, data: Any, see: Any = _as_they_are) -> Any:
+        def loss_of(params: Any) -> tuple[jax.Array, Any]:
+            return objective.evaluate(see(params), noise, data, state.step)
+
+        (loss, _), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        norm = _norm(grads)
         updates, opt_state = rule.update(
             grads,
             state.opt_state,
             state.params,
             value=loss,
             grad=grads,
-            value_fn=lambda params: objective.evaluate(params, noise, data, state.step)[0],
+            value_fn=lambda params: loss_of(params)[0],
         )
         params = optax.apply_updates(state.params, updates)
         finite = all_finite(loss, norm, params)
         return State(params, opt_state, state.step + 1), Info(loss, norm, ~finite)
 
     def update(state: State, noise: Any, data: Any) -> tuple[State, Info]:
-        new, info = propose(state, noise, data)
-        return accept(state, new, info), info
+        if lens is None:
+            new, info = propose(state, noise, data)
+            return accept(state, new, info), info
+        at = lens(noise, data)
+        params, opt_state = at.take((state.params, state.opt_state))
+        some = State(params, opt_state, state.step)
+        new, info = propose(some, noise, at.batch, at.see)
+        new = accept(some, new, info)
+        params, opt_state = at.put((state.params, state.opt_state), (new.params, new.opt_state))
+        return State(params, opt_state, new.step), info
+
+    def noise_at(key: jax.Array, step: jax.Array) -> Any:
+        noise = objective.noise(jax.random.fold_in(key, step))
+        return _with_rows(noise, batches, key, step, sizes)
 
     def step(state: State, key: jax.Array, data: Any = None) -> tuple[State, Info]:
         require_key(key, "svi.step")
-        return update(state, objective.noise(key), resolve(objective, data))
+        noise = _with_rows(objective.noise(key), batches, key, state.step, sizes)
+        return update(state, noise, resolve(objective, data))
 
     def begin(params: Any) -> State:
         params = jax.tree.map(strong, params)
@@ -163,7 +153,7 @@ def svi(objective: Objective, optimizer: optax.GradientTransformation) -> SVI:
             tries, _, _ = carry
             params = init_params(objective.declared, jax.random.fold_in(key, 2 * tries))
             noise = objective.noise(jax.random.fold_in(key, 2 * tries + 1))
-            loss, _, norm = evaluate(params, noise, data)
+            loss, norm = evaluate(params, noise, data)
             return tries + 1, params, all_finite(loss, norm)
 
         blank = jax.tree.map(
@@ -178,7 +168,7 @@ def svi(objective: Objective, optimizer: optax.GradientTransformation) -> SVI:
 
     @jax.jit
     def resume(key: jax.Array, params: Any, data: Any) -> Start:
-        loss, _, norm = evaluate(params, objective.noise(key), data)
+        loss, norm = evaluate(params, objective.noise(key), data)
         return Start(begin(params), all_finite(loss, norm), jnp.int32(1))
 
     def start(key: jax.Array, params: Any = None, data: Any = None) -> Start:
@@ -192,13 +182,33 @@ def svi(objective: Objective, optimizer: optax.GradientTransformation) -> SVI:
     def init(key: jax.Array, params: Any = None, data: Any = None) -> State:
         return start(key, params, data).state
 
-    return SVI(init, step, start, objective.noise, update, propose, objective.data)
+    return SVI(
+        init,
+        step,
+        start,
+        objective.noise,
+        update,
+        propose if lens is None else None,
+        objective.data,
+        noise_at if sizes else None,
+    )
 
 
-def accept(state: State, new: State, info: Info) -> State:
-    """The state after a proposed step: `new`, or where it is to be skipped `state`, a step on."""
-    stay = state._replace(step=new.step)
-    return where_tree(info.skipped, stay, new)
+def _as_they_are(params: Any) -> Any:
+    """All rows, or those of a batch, each once."""
+    return params
+
+
+def _norm(grads: Any) -> jax.Array:
+    """The Euclidean norm of a gradient, finite only if all its entries are."""
+    return jnp.sqrt(sum(jnp.sum(jnp.abs(g) ** 2) for g in jax.tree.leaves(grads)))
+
+
+def _with_rows(noise: Any, batches: Scheme, key: jax.Array, step: jax.Array, sizes: Any) -> Any:
+    """A step's noise with the rows of its batch."""
+    if not sizes:
+        return noise
+    return noise._replace(index=batches.draw(fold_in_name(key, "rows"), step, sizes))
 
 
 def run(
@@ -261,7 +271,8 @@ def run(
 
 def noise_of_steps(svi: SVI, key: jax.Array, first: jax.Array, length: int) -> Any:
     """The noise of `length` steps from number `first`, drawn at once."""
-    return jax.vmap(lambda i: svi.noise(jax.random.fold_in(key, first + i)))(jnp.arange(length))
+    at = svi.noise_at or (lambda key, step: svi.noise(jax.random.fold_in(key, step)))
+    return jax.vmap(lambda i: at(key, first + i))(jnp.arange(length))
 
 
 def noise_size(svi: SVI) -> int:
@@ -275,25 +286,3 @@ def _block(svi: SVI, num_steps: int) -> int:
     limit = max(1, min(num_steps, BLOCK // noise_size(svi)))
     divisors = (n for n in range(limit, limit // 2, -1) if num_steps % n == 0)
     return next(divisors, limit)
-
-
-def strong_number(leaf: Any) -> Any:
-    """A leaf of an optimiser's state as an array of strong dtype."""
-    return strong(leaf) if isinstance(leaf, (jax.Array, int, float)) else leaf
-
-
-def require_params(objective: Objective, params: Any) -> None:
-    """Raises unless `params` have the declared names, structure and shapes."""
-    expected = abstract_params(objective.declared)
-    subtrees, paths, _ = flatten_like(expected, params, what="params", where="init")
-    for path, leaf, like in zip(paths, subtrees, jax.tree.leaves(expected), strict=True):
-        if jnp.shape(leaf) != like.shape:
-            raise ValueError(
-                explain(
-                    "A parameter has the wrong shape.",
-                    expected=f"shape {like.shape}",
-                    received=f"shape {jnp.shape(leaf)}",
-                    where=path,
-                    hint="params are unconstrained: vi.unconstrain(objective.declared, values)",
-                )
-            )

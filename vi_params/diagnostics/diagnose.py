@@ -81,7 +81,8 @@ def diagnose(
         guide: by what.
         params: unconstrained parameters, `fit.params`.
         key: a typed random key.
-        data: the data; the target's own where None.
+        data: the data; the target's own where None. All rows of subsampled plates are looked at:
+            weights by a batch would say nothing of the posterior.
         num_draws: how many draws, at least 25.
         batch_size: how many draws are made at once; all where None.
 

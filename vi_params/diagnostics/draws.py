@@ -33,7 +33,8 @@ def draws(
         params: unconstrained parameters, `fit.params`.
         key: a typed random key.
         num_draws: how many.
-        data: the data of the model's deterministic sites; the target's own where None.
+        data: the data of the model's deterministic sites; the target's own where None. Subsampled
+            plates have all their rows, unless a `vi.Batch` names some.
         batch_size: how many draws are made at once; all where None.
 
     Returns:

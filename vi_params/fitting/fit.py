@@ -3,6 +3,7 @@
 import functools
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,15 +16,18 @@ from tqdm.auto import tqdm
 from vi_params._cache import program
 from vi_params._check import explain, require_count, require_instance, require_key
 from vi_params._tree import fold_in_name
+from vi_params.batches import Scheme
 from vi_params.diagnostics.check import check_objective
 from vi_params.fitting.interrupt import Interrupt
 from vi_params.fitting.lanes import CONVERGED, INVALID, RUNNING, STUCK, Lanes, Programs, programs
 from vi_params.fitting.optimizer import default_optimizer
 from vi_params.fitting.result import Final, Fit, Progress, Status, assemble
 from vi_params.fitting.stopping import Stopping, plateau
+from vi_params.fitting.stream import Stream, feed, is_stream, require_batch
 from vi_params.objectives.objective import Measure, Objective, resolve
 from vi_params.params import init_params
 from vi_params.svi import TRIES, require_params
+from vi_params.updates import Updates
 
 CALL_SECONDS = 0.2
 """How long one compiled call should take: the bar moves, and Ctrl-C is heard, that often."""
@@ -48,6 +52,8 @@ def fit(
     progress: bool = True,
     params: Any = None,
     callbacks: Sequence[Callable[[Progress], Any]] = (),
+    batches: Scheme | None = None,
+    updates: Updates | None = None,
 ) -> Fit:
     """The parameters that minimise an objective.
 
@@ -64,7 +70,11 @@ def fit(
             stays level.
         key: a typed random key.
         num_steps: how many steps to make at most.
-        data: the data; the objective's own where None.
+        data: the data; the objective's own where None. Or batches: any Python iterable (a list, a
+            generator, a torch DataLoader) of trees like the objective's data, one for each step.
+            The next one is made and sent while a step computes. What can be iterated again starts
+            again at its end; a generator ends the fit. A batch that does not fit ends it too: what
+            was reached is returned, with a warning and the status DATA_FAILED.
         restarts: how many starts to fit.
         stop: when to stop before `num_steps`: `vi.stopping.plateau()` by default (its tolerance
             that of the objective's measure), or
@@ -73,6 +83,8 @@ def fit(
         params: unconstrained parameters to start from, for one restart.
         callbacks: functions of a `Progress`, called after every compiled call; one that returns
             True ends the fit.
+        batches: how the rows of subsampled plates are drawn: `vi.batches.shuffled()` by default.
+        updates: which rows a step updates: `vi.updates.rows()` by default, `vi.updates.dense()`.
 
     Returns:
         A `Fit`: the restart with the lowest loss under common random numbers, and all others.
@@ -80,7 +92,7 @@ def fit(
 
     Raises:
         ValueError: no restart had a finite loss and gradient at any of 100 starts; the message says
-            which site is not finite. num_steps < 1, restarts < 1.
+            which site is not finite. An iterable gives no first batch. num_steps or restarts < 1.
         KeyError: names of `params` or `data` do not match.
         TypeError: `key` is not a typed key, or `optimizer` no optax transformation.
 
@@ -95,7 +107,8 @@ def fit(
     require_key(key, "fit")
     require_count(num_steps, "num_steps", "fit")
     require_count(restarts, "restarts", "fit")
-    data = resolve(objective, data)
+    stream = Stream(objective, data) if is_stream(objective, data) else None
+    data = require_batch(stream) if stream else resolve(objective, data)
     if params is not None:
         if restarts > 1:
             raise ValueError(
@@ -110,26 +123,39 @@ def fit(
     measure = objective.measure
     stop = stop or plateau(tolerance=measure.tolerance)
     optimizer = default_optimizer() if optimizer is None else optimizer
-    compiled: Programs = program(programs, objective, restarts, alike=(optimizer, stop))
+    compiled: Programs = program(
+        programs, objective, restarts, alike=(optimizer, stop, batches, updates)
+    )
 
     start_keys, step_keys, final_key = _keys(key, restarts)
     lanes = compiled.begin(start_keys, params, data)
     _require_valid(objective, lanes, start_keys, params, data)
 
-    lanes, losses, interrupted = _loop(
-        compiled, stop, lanes, step_keys, num_steps, data, progress, callbacks, measure
-    )
+    ended = None
+    if stream:
+        bar = tqdm(total=num_steps, disable=not progress, file=sys.stderr, unit="step")
+        with bar:
+            tell = functools.partial(_tell, bar, callbacks, measure)
+            fed = feed(compiled, stop.every, lanes, step_keys, num_steps, data, stream, tell)
+        lanes, losses, interrupted, ended = fed
+    else:
+        lanes, losses, interrupted = _loop(
+            compiled, stop, lanes, step_keys, num_steps, data, progress, callbacks, measure
+        )
     statuses = [OUTCOMES[int(outcome)] for outcome in np.asarray(lanes.outcome)]
-    if interrupted:
-        statuses = [
-            Status.INTERRUPTED if status is Status.NUM_STEPS else status for status in statuses
-        ]
+    early = Status.INTERRUPTED if interrupted else Status.NUM_STEPS
+    if ended is not None:
+        early = Status.DATA_FAILED if ended.failed else Status.DATA_ENDED
+    statuses = [early if status is Status.NUM_STEPS else status for status in statuses]
     if restarts > 1:
         compared = compiled.compare(lanes, final_key, data)
         final = Final(*(np.asarray(x) for x in compared))
     else:
         final = _tail(losses)
-    return assemble(lanes.state, losses, statuses, np.asarray(lanes.skipped), final, measure)
+    told = ended.message if ended is not None else ""
+    if ended is not None and ended.failed:
+        warnings.warn(told, stacklevel=2)
+    return assemble(lanes.state, losses, statuses, np.asarray(lanes.skipped), final, measure, told)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -183,12 +209,7 @@ def _loop(
                 now = time.perf_counter()
                 count = _next_count(count, now - before, stop.every, compiled.capacity)
                 before = now
-                bar.update(int(made))
-                bar.set_postfix_str(_postfix(record, running, measure), refresh=False)
-                stopped = [
-                    _is_true(callback(Progress(read, record, running))) for callback in callbacks
-                ]
-                if any(stopped) or interrupt.wanted:
+                if _tell(bar, callbacks, measure, read, record, running) or interrupt.wanted:
                     interrupt.wanted = True
                     ended = True
                 ended = ended or not running.any()
@@ -196,6 +217,21 @@ def _loop(
                 interrupt.wanted = ended = True
     record = np.concatenate(records, axis=1) if records else np.zeros((len(keys), 0))
     return lanes, record, interrupt.wanted
+
+
+def _tell(
+    bar: tqdm,
+    callbacks: Sequence[Callable],
+    measure: Measure,
+    step: int,
+    record: np.ndarray,
+    running: np.ndarray,
+) -> bool:
+    """Shows how far the fit is; whether a callback asks for the end."""
+    bar.update(record.shape[1])
+    bar.set_postfix_str(_postfix(record, running, measure), refresh=False)
+    answers = [_is_true(callback(Progress(step, record, running))) for callback in callbacks]
+    return any(answers)  # after all have been called
 
 
 def _is_true(answer: Any) -> bool:

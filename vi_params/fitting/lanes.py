@@ -10,9 +10,11 @@ import optax
 from jax import lax
 
 from vi_params._tree import where_tree
+from vi_params.batches import Scheme
 from vi_params.fitting.stopping import Stopping
 from vi_params.objectives.objective import Objective
 from vi_params.svi import BLOCK, Info, Start, State, accept, noise_of_steps, noise_size, svi
+from vi_params.updates import Updates
 
 RUNNING, CONVERGED, STUCK, INVALID = range(4)
 
@@ -50,6 +52,10 @@ class Programs(NamedTuple):
         advance: `(lanes, keys, count, data) -> (lanes, losses, made)`: `count` more steps, at most
             `capacity`, or until all have stopped; `made` is how many. Losses have the shape
             `(restarts, capacity)`, NaN where a lane made no step.
+        feed: `(lanes, keys, data) -> (lanes, losses, skipped)`: one step, on data of its own;
+            losses and skipped have the shape `(restarts,)`.
+        look: `(lanes, losses, skipped, count) -> lanes`: what `advance` does after a block of
+            steps (losses `(restarts, stop.every)`, `count` of them made), for those of `feed`.
         compare: `(lanes, key, data) -> (elbos, ses, ses of differences, lost)` by common random
             numbers; NaN where a lane never began. `lost` is the share of draws left out.
         capacity: how many steps one call can make.
@@ -57,15 +63,22 @@ class Programs(NamedTuple):
 
     begin: Callable[..., Lanes]
     advance: Callable[..., tuple[Lanes, jax.Array, jax.Array]]
+    feed: Callable[..., tuple[Lanes, jax.Array, jax.Array]]
+    look: Callable[..., Lanes]
     compare: Callable[..., tuple[jax.Array, jax.Array, jax.Array, jax.Array]]
     capacity: int
 
 
 def programs(
-    objective: Objective, restarts: int, optimizer: optax.GradientTransformation, stop: Stopping
+    objective: Objective,
+    restarts: int,
+    optimizer: optax.GradientTransformation,
+    stop: Stopping,
+    batches: Scheme | None = None,
+    updates: Updates | None = None,
 ) -> Programs:
     """The programs of a fit with that many restarts."""
-    inference = svi(objective, optimizer)
+    inference = svi(objective, optimizer, batches=batches, updates=updates)
     every = stop.every
     capacity = max(1, CALL // every) * every
     ahead = every * noise_size(inference) * restarts <= BLOCK
@@ -75,6 +88,14 @@ def programs(
         """The noise of `length` steps of every lane; leading axes (length, restarts)."""
         draw = partial(noise_of_steps, inference, length=length)
         return jax.vmap(draw, out_axes=1)(keys, first)
+
+    def move(states: State, noise: Any, data: Any) -> tuple[State, Info]:
+        """One step of every lane."""
+        propose = inference.propose
+        if propose is None:  # a choice between whole states would cost O(rows)
+            return lanewise(lambda s, e: inference.update(s, e, data))(states, noise)
+        new, info = lanewise(lambda s, e: propose(s, e, data))(states, noise)
+        return _accept_all(states, new, info), info
 
     def steps(states: State, keys: jax.Array, count: jax.Array, data: Any) -> Any:
         """`count` <= `every` steps of every lane: their states, losses, numbers of skipped steps.
@@ -88,8 +109,7 @@ def programs(
             states, losses, skipped = carry
             now, at = (noise_ahead(first + i, keys, 1), 0) if drawn is None else (drawn, i)
             noise = jax.tree.map(lambda leaf: leaf[at], now)
-            new, info = lanewise(lambda s, e: inference.propose(s, e, data))(states, noise)
-            states = _accept_all(states, new, info)
+            states, info = move(states, noise, data)
             return states, losses.at[i].set(info.loss), skipped + info.skipped
 
         blank = jnp.full((every, restarts), jnp.nan)
@@ -129,6 +149,20 @@ def programs(
         made, lanes, record = lax.while_loop(go_on, body, (jnp.int32(0), lanes, record))
         return lanes, record, made
 
+    def feed(lanes: Lanes, keys: jax.Array, data: Any) -> tuple[Lanes, jax.Array, jax.Array]:
+        noise = jax.tree.map(lambda leaf: leaf[0], noise_ahead(lanes.state.step, keys, 1))
+        states, info = move(lanes.state, noise, data)
+        if restarts == 1:
+            return lanes._replace(state=states), info.loss, info.skipped
+        running = lanes.outcome == RUNNING
+        states = jax.vmap(where_tree)(running, states, lanes.state)
+        losses = jnp.where(running, info.loss, jnp.nan)
+        return lanes._replace(state=states), losses, info.skipped & running
+
+    def look(lanes: Lanes, losses: jax.Array, skipped: jax.Array, count: jax.Array) -> Lanes:
+        settled = lanewise(partial(settle, count=count))
+        return settled(lanes, lanes.state, losses, skipped)[0]
+
     def begin(keys: jax.Array, params: Any, data: Any) -> Lanes:
         def one(key: jax.Array) -> Lanes:
             start: Start = inference.start(key, params, data)
@@ -141,6 +175,8 @@ def programs(
     return Programs(
         jax.jit(begin),
         jax.jit(advance, donate_argnums=0),
+        jax.jit(feed, donate_argnums=0),
+        jax.jit(look, donate_argnums=0),
         jax.jit(_compare(objective)),
         capacity,
     )

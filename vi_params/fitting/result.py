@@ -19,6 +19,8 @@ class Status(enum.Enum):
     CONVERGED = "the loss has levelled off"
     NUM_STEPS = "all steps were made; the loss may still be falling"
     INTERRUPTED = "interrupted; this is what was reached"
+    DATA_ENDED = "the data ended before all steps were made"
+    DATA_FAILED = "a batch could not be used; this is what was reached before it"
     STUCK = "no step could be taken any more: loss, gradient or update were not finite"
     INVALID_START = "no start with a finite loss and gradient was found"
 
@@ -116,6 +118,7 @@ def assemble(
     skipped: np.ndarray,
     final: Final,
     measure: Measure = ELBO,
+    told: str = "",
 ) -> Fit:
     """The `Fit` of all restarts: the best chosen, the others compared with it.
 
@@ -126,6 +129,7 @@ def assemble(
         skipped: how many steps of each were skipped.
         final: their ELBOs, or what else minus their losses are.
         measure: what the loss estimates.
+        told: what else a reader must know.
     """
     steps = np.asarray(states.step)
     rank = np.where(np.isfinite(final.elbos), final.elbos, -np.inf)
@@ -149,7 +153,7 @@ def assemble(
         elbo_se=float(ses[best]),
         best=best,
         restarts=Table(columns, rows),
-        message=_message(final, best, measure),
+        message=f"{told}\n{_message(final, best, measure)}".strip(),
         all_states=states,
         all_losses=losses,
         measure=measure,

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from vi_params.guide import Draw, Guide, pick_own, sampler
-from vi_params.guides.gaussian import model_values
-from vi_params.guides.starts import start_vector
+from vi_params.guides.starts import model_values, require_whole_plates, start_vector
 from vi_params.noise import Noise
 from vi_params.params import Param
 from vi_params.target import Target, flat
@@ -34,6 +33,7 @@ def delta(target: Target, *, init: Any = None, name: str = "guide") -> Guide:
         >>> guide.sample(params, jax.random.key(1)).latents
         {'z': Array([0.], dtype=float32)}
     """
+    require_whole_plates(target, "vi.guides.delta")
     flat_target = flat(target)
     declared = {name: {"loc": Param(start_vector(target, init))}}
 

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from numpyro.distributions import constraints
 
 from vi_params._check import explain
-from vi_params._tree import pick
 from vi_params.guide import Draw, Guide, pick_own, sampler
-from vi_params.guides.starts import start_vector
+from vi_params.guides.local import has_local, local_mean_field
+from vi_params.guides.starts import model_values, require_whole_plates, start_vector
 from vi_params.noise import Noise, iid, whole_rows
 from vi_params.params import Param, constrain
 from vi_params.params.declare import Declared
@@ -61,6 +61,10 @@ def mean_field(
         init_scale: where `scale` starts, a positive number in unconstrained units.
         name: the name of the family's parameters, `{"loc": (dim,), "scale": (dim,)}`.
 
+    Latents in a subsampled plate have a location and a scale for every row, and a step on a batch
+    moves its rows alone; the parameters are then `{latent: {"loc": ..., "scale": ...}}`, declared
+    with their plates.
+
     Returns:
         A `Guide`.
 
@@ -75,6 +79,9 @@ def mean_field(
         >>> guide.sample(params, jax.random.key(1)).latents["z"].shape
         (2,)
     """
+    require_whole_plates(target, "vi.guides.mean_field")
+    if has_local(target):
+        return local_mean_field(target, init, positive(init_scale), name)
     dim = flat(target).dim
     scale = jnp.full(dim, positive(init_scale))
     declared = {
@@ -114,6 +121,7 @@ def full_rank(
         guide/loc         (2,)   float32  Real()                                2
         guide/scale_tril  (3,)   float32  ScaledUnitLowerCholesky()             3
     """
+    require_whole_plates(target, "vi.guides.full_rank")
     dim = flat(target).dim
     scale_tril = positive(init_scale) * jnp.eye(dim)
     declared = {
@@ -175,14 +183,6 @@ def location_scale(target: Target, declared: Declared, name: str, scale: Scale) 
         transform=transform,
         entropy=entropy,
     )
-
-
-def model_values(target: Target, params: Any) -> dict[str, Any]:
-    """The model's own values where a support may depend on them, out of the joint parameters."""
-    dynamic = any(latent.is_dynamic for latent in target.latents.values())
-    if not dynamic or not target.declared:
-        return {}
-    return constrain(target.declared, pick(params, target.declared))
 
 
 def positive(init_scale: float) -> float:

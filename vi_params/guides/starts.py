@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vi_params._check import explain, require_names
-from vi_params._tree import fold_in_words, is_traced, name_words, strong
+from vi_params._tree import fold_in_words, is_traced, name_words, pick, strong
 from vi_params.params import Latent, constrain, init_params
 from vi_params.params.declare import bijector, constraint_name
 from vi_params.target import Target, ravel
@@ -51,6 +51,31 @@ def start_vector(target: Target, init: Any) -> Callable[[jax.Array], jax.Array]:
             where="init",
         )
     )
+
+
+def model_values(target: Target, params: Any) -> dict[str, Any]:
+    """The model's own values where a support may depend on them, out of the joint parameters."""
+    dynamic = any(latent.is_dynamic for latent in target.latents.values())
+    if not dynamic or not target.declared:
+        return {}
+    return constrain(target.declared, pick(params, target.declared))
+
+
+def require_whole_plates(target: Target, where: str) -> None:
+    """Raises where a latent has the rows of one batch only, which come from outside."""
+    for name, latent in target.latents.items():
+        for plate, rows in zip(latent.plates, latent.shape, strict=False):
+            if plate is not None and target.plates.get(plate, rows) != rows:
+                raise ValueError(
+                    explain(
+                        "A latent has the rows of a batch that comes from outside.",
+                        expected=f"all {target.plates[plate]} rows of plate {plate!r}",
+                        received=f"shape {latent.shape}",
+                        where=f"{where}, latent {name!r}",
+                        hint="use a guide that computes it from the batch (vi.numpyro_guide), or "
+                        "give the model all data and take rows by the plate's indices",
+                    )
+                )
 
 
 def _uniform(target: Target, key: jax.Array) -> dict[str, jax.Array]:

@@ -75,6 +75,7 @@ class Latent:
         dtype: the dtype of a draw; the default float where None, or int on a discrete support.
         unconstrained_shape: the shape of the unconstrained image; the support gives it where None,
             and a discrete one has none.
+        plates: the name of the plate that indexes each leading axis, None for an axis without one.
 
     Example:
         >>> tau = vi.Latent((), constraints.positive)
@@ -84,6 +85,7 @@ class Latent:
     support: constraints.Constraint = dataclasses.field(default_factory=lambda: constraints.real)
     dtype: Any = None
     unconstrained_shape: tuple[int, ...] | None = None
+    plates: tuple[str | None, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.shape, int) or not all(isinstance(n, int) for n in self.shape):
@@ -96,6 +98,15 @@ class Latent:
                 )
             )
         object.__setattr__(self, "shape", tuple(self.shape))
+        if isinstance(self.plates, str) or len(self.plates) > len(self.shape):
+            raise TypeError(
+                explain(
+                    "plates must name leading axes of the latent.",
+                    expected=f'a tuple such as ("users",), of at most {len(self.shape)} names',
+                    received=repr(self.plates),
+                    where="Latent",
+                )
+            )
         kind = int if self.is_discrete else float
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype or jnp.result_type(kind)))
         if self.unconstrained_shape is None and not self.is_discrete:

@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from vi_params._check import explain, require_names
-from vi_params._tree import flatten_like
+from vi_params._tree import flatten_like, leaves_by_path
+from vi_params.batches.batch import Batch, put_axes, take_axes
 from vi_params.params.declare import Declared, Param, bijector, constraint_name, normalise
+from vi_params.params.maps import abstract_params
 
 
 def take_rows(declared: Declared, params: Any, index: Mapping[str, jax.Array]) -> Any:
@@ -41,12 +43,35 @@ def take_rows(declared: Declared, params: Any, index: Mapping[str, jax.Array]) -
 
     def take(param: Param, path: str, leaf: jax.Array) -> jax.Array:
         _require_like_rows(param, path, leaf, index)
-        for axis, plate in enumerate(param.plates):
-            if plate in index:
-                leaf = jnp.take(leaf, index[plate], axis=axis)
-        return leaf
+        return take_axes(leaf, param.plates, index)
 
     return _map_plates(declared, take, "take_rows", params)
+
+
+def rows_at(declared: Declared, params: Any, data: Any) -> Any:
+    """The parameters as a function of `data` sees them: reduced to the rows of a batch once."""
+    if not isinstance(data, Batch) or data.taken:
+        return params
+    known = {plate for param in jax.tree.leaves(normalise(declared)) for plate in param.plates}
+    index = {plate: rows for plate, rows in data.index.items() if plate in known}
+    return take_rows(declared, params, index) if index else params
+
+
+def plates_of(declared: Declared) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
+    """Path -> (its plates, its shape), of the leaves of parameters with plates."""
+    declared = normalise(declared)
+    local = [param for param in jax.tree.leaves(declared) if param.plates]
+    if not local:
+        return {}
+    below = jax.tree.structure(declared).flatten_up_to(abstract_params(declared))
+    found = {}
+    named = zip(leaves_by_path(declared).items(), below, strict=True)
+    for (path, param), subtree in named:
+        for inside, leaf in leaves_by_path(subtree).items():
+            if param.plates:
+                name = f"{path}/{inside}" if inside else path
+                found[name] = param.plates, leaf.shape
+    return found
 
 
 def put_rows(declared: Declared, params: Any, rows: Any, index: Mapping[str, jax.Array]) -> Any:
@@ -89,13 +114,7 @@ def put_rows(declared: Declared, params: Any, rows: Any, index: Mapping[str, jax
                     where=f"put_rows, {path}",
                 )
             )
-        if not any(plate in index for plate in param.plates):
-            return new
-        at = [
-            index.get(plate, jnp.arange(size))
-            for plate, size in zip(param.plates, leaf.shape, strict=False)
-        ]
-        return leaf.at[jnp.ix_(*at)].set(new)
+        return put_axes(leaf, new, param.plates, index)
 
     return _map_plates(declared, put, "put_rows", params, rows)
 

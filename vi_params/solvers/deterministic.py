@@ -29,7 +29,7 @@ from vi_params.params.maps import abstract_params
 from vi_params.solvers.fixed_draws import Response, fixed_draws, is_dense
 from vi_params.solvers.solution import Solution, SolverInfo
 from vi_params.solvers.trust_region import minimise
-from vi_params.target import Target, flat
+from vi_params.target import Target, flat, whole
 
 FEWEST = 32
 """The smallest number of draws chosen by default."""
@@ -128,6 +128,7 @@ def explore(
     require_key(key, "solvers.deterministic")
     require_count(lanes, "lanes", "solvers.deterministic")
     require_count(max_steps, "max_steps", "solvers.deterministic")
+    target = whole(target)
     dim = flat(target).dim
     if num_draws is None:
         num_draws = max(FEWEST, 2 * dim) if dim <= FULL_FRAME else FEWEST

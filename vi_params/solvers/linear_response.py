@@ -23,7 +23,7 @@ from vi_params.params import unconstrain
 from vi_params.solvers.deterministic import Layout, own_name
 from vi_params.solvers.fixed_draws import BLOCK, Response, divisor, over_draws, split
 from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus
-from vi_params.target import Target
+from vi_params.target import Target, whole
 
 
 def linear_response(target: Target, solution: Solution, data: Any = None) -> Solution:
@@ -68,10 +68,10 @@ def linear_response(target: Target, solution: Solution, data: Any = None) -> Sol
                 where="linear_response",
             )
         )
-    guide, expand, respond = program(_build, target, name)
+    guide, expand, respond = program(_build, whole(target), name)
     response = solution.response
     if response is None:
-        response = expand(solution.params, solution.noise, resolve(target, data))
+        response = expand(solution.params, solution.noise, resolve(whole(target), data))
     params, info = respond(solution.params, solution.info, response)
     return Solution(guide, params, info, solution.noise)
 

@@ -4,6 +4,7 @@ NumPyro keeps its handlers on one stack for the whole process, so that two threa
 once corrupt it: every trace here is made under one lock.
 """
 
+import contextlib
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -11,21 +12,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.core
 import jax.numpy as jnp
-import numpy as np
 from numpyro import handlers
-from numpyro.distributions import biject_to, constraints
+from numpyro.distributions import constraints
 from numpyro.infer import init_to_uniform
 
 from vi_params._check import explain
 from vi_params._tree import abstract_key
+from vi_params.batches.batch import Batch
 from vi_params.interop.numpyro.call import Call
 from vi_params.interop.numpyro.dependence import reached
+from vi_params.interop.numpyro.facts import Trace, param_facts, site_facts
+from vi_params.interop.numpyro.plates import with_rows
 from vi_params.params import Latent, Param
-from vi_params.sites import is_point_mass
 
 LOCK = threading.RLock()
 
-CONCRETE = "from_numpyro / numpyro_guide"
+Prepare = Callable[[Callable, jax.Array, Mapping[str, Any]], Callable]
 
 
 class Found(NamedTuple):
@@ -38,8 +40,10 @@ class Found(NamedTuple):
         deltas: names of the latents whose distribution is a point mass.
         declared: name -> `Param`, of the param sites.
         plates: plate -> size.
-        discrete: name -> what is known of it, of the latents that are discrete.
+        discrete: name -> what is known of it, of the latents that are discrete and summed out.
         nesting: how many axes plates and batches take up at most.
+        subsample: plate -> batch size, of the plates that the program subsamples itself.
+        streamed: those among them whose data come batch by batch.
     """
 
     latents: dict[str, Latent]
@@ -50,9 +54,8 @@ class Found(NamedTuple):
     plates: dict[str, int]
     discrete: dict[str, Any]
     nesting: int
-
-
-Trace = Mapping[str, Mapping[str, Any]]
+    subsample: dict[str, int]
+    streamed: dict[str, int]
 
 
 def trace(
@@ -94,10 +97,13 @@ def discover(
     program: Callable,
     call: Call,
     *,
-    prepare: Callable[[Callable, jax.Array, Mapping[str, Any]], Callable] = substituted,
+    prepare: Prepare = substituted,
     discrete: Callable[[str, Mapping[str, Any]], Any] | None = None,
 ) -> Found:
-    """The latents, parameters and plates of a program.
+    """The latents, parameters and plates of a program, its subsampled plates over all their rows.
+
+    A plate whose indices the program never uses, while its data have another size than the plate,
+    takes its data batch by batch: its latents then have the rows of a batch.
 
     Args:
         program: a NumPyro program.
@@ -107,14 +113,32 @@ def discover(
             site; None where discrete latents stay latents.
 
     Raises:
-        ValueError: a site that cannot be handled: a subsampled plate, mutable state.
+        ValueError: a site that cannot be handled: mutable state, a batch that is larger than its
+            plate.
     """
+    try:
+        return _discover(program, call, prepare, {}, discrete)
+    except (ValueError, TypeError):
+        streamed = _streamed(program, call, prepare)
+        if not streamed:
+            raise
+    return _discover(program, call, prepare, streamed, discrete)
+
+
+def _discover(
+    program: Callable,
+    call: Call,
+    prepare: Prepare,
+    streamed: dict[str, int],
+    discrete: Callable[..., Any] | None,
+) -> Found:
+    program = with_rows(program, None, {}, {}, streamed)
     first: dict[str, Any] = {}
 
     def params_of(key: jax.Array, data: Any) -> dict[str, Any]:
         args, kwargs = call.arguments(data)
         sites = trace(prepare(program, key, {}), args, kwargs)
-        first.update(_param_facts(sites))
+        first.update(param_facts(sites))
         return {name: sites[name]["value"] for name in first}
 
     key = abstract_key()
@@ -129,7 +153,7 @@ def discover(
     def supports_of(key: jax.Array, data: Any, values: Any) -> dict[str, Any]:
         args, kwargs = call.arguments(data)
         sites = trace(prepare(program, key, values), args, kwargs)
-        facts.update(_site_facts(sites, discrete))
+        facts.update(site_facts(sites, discrete))
         return {name: jax.tree.leaves(found["support"]) for name, found in facts["latents"].items()}
 
     values = jax.eval_shape(params_of, key, call.data)
@@ -145,8 +169,10 @@ def discover(
             support = constraints.dependent(
                 is_discrete=found["discrete"], event_dim=found["support"].event_dim
             )
-        latents[name] = Latent(found["shape"], support, found["dtype"], found["free_shape"])
-    return Found(**{**facts, "latents": latents, "declared": declared})
+        latents[name] = Latent(
+            found["shape"], support, found["dtype"], found["free_shape"], found["plates"]
+        )
+    return Found(**{**facts, "latents": latents, "declared": declared, "streamed": streamed})
 
 
 _UNIFORM: Any = init_to_uniform()
@@ -160,112 +186,42 @@ def _lazy(params_of: Callable, call: Call, name: str) -> Callable[[jax.Array], A
     return lambda key: params_of(key, call.data)[name]
 
 
-def _param_facts(sites: Trace) -> dict[str, dict[str, Any]]:
-    """Constraint and plates of every param site."""
-    facts = {}
-    for name, site in sites.items():
-        if site["type"] == "mutable":
-            raise ValueError(
-                explain(
-                    "The program keeps mutable state.",
-                    expected="sites of type sample, param, deterministic and plate",
-                    received="a mutable site",
-                    where=repr(name),
-                    hint="use layers without running statistics",
-                )
-            )
-        # Where a random module puts priors on all its weights, a site without arrays is left over.
-        if site["type"] == "param" and jax.tree.leaves(site["value"]):
-            constraint = site["kwargs"].get("constraint", constraints.real)
-            if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(constraint)):
-                raise ValueError(
-                    explain(
-                        "The bounds of a parameter's constraint are computed inside the program.",
-                        expected="bounds that are Python numbers or arrays made outside",
-                        received=f"traced bounds of {type(constraint).__name__.strip('_')}",
-                        where=repr(name),
-                    )
-                )
-            facts[name] = {"constraint": constraint, "plates": _plate_axes(site)}
-    return facts
+def _streamed(program: Callable, call: Call, prepare: Prepare) -> dict[str, int]:
+    """Plate -> batch size, of the subsampled plates whose indices the program never uses."""
+    seen: dict[str, tuple[int, int]] = {}
+    with contextlib.suppress(ValueError, TypeError):
+        trace_of(with_rows(program, None, {}, {}, {}, seen), call, prepare)
+    if not seen:
+        return {}
+    sizes = {plate: size for plate, (size, _) in seen.items()}
+    index = {plate: jnp.arange(batch) for plate, (_, batch) in seen.items()}
 
+    def used(index: dict[str, jax.Array]) -> list[Any]:
+        batch = Batch(None, index)
+        sites = trace_of(with_rows(program, batch, sizes, {}, {}), call, prepare)
+        found = [
+            (site.get("value"), site.get("fn"))
+            for site in sites.values()
+            if site["type"] in ("sample", "deterministic")
+        ]
+        return [leaf for leaf in jax.tree.leaves(found) if isinstance(leaf, jax.Array)]
 
-def _plate_axes(site: Mapping[str, Any]) -> tuple[str, ...]:
-    """The plates that index the leading axes of a param site, outermost first."""
-    event_dim = site["kwargs"].get("event_dim")
-    if event_dim is None:
-        return ()
-    shape = np.shape(site["value"])
-    batch = shape[: len(shape) - event_dim]
-    by_axis = {len(batch) + frame.dim: frame for frame in site["cond_indep_stack"]}
-    plates: list[str] = []
-    while len(plates) in by_axis and batch[len(plates)] == by_axis[len(plates)].size:
-        plates.append(by_axis[len(plates)].name)
-    return tuple(plates)
-
-
-def _site_facts(sites: Trace, of_discrete: Callable[..., Any] | None) -> dict[str, Any]:
-    """Shapes and supports of the latents, and the sizes of the plates."""
-    latents, observed, auxiliary, deltas, plates, discrete = {}, [], [], [], {}, {}
-    nesting = 0
-    for name, site in sites.items():
-        if site["type"] == "plate":
-            plates[name] = _plate_size(name, site)
-        if site["type"] != "sample":
-            continue
-        fn = site["fn"]
-        batch = max(len(fn.batch_shape), np.ndim(site["value"]) - fn.event_dim)
-        nesting = max([nesting, batch, *(-f.dim for f in site["cond_indep_stack"])])
-        if site["is_observed"]:
-            observed.append(name)
-            continue
-        is_discrete = getattr(fn.support, "is_discrete", False)
-        if is_discrete and of_discrete is not None:
-            discrete[name] = of_discrete(name, site)
-            continue
-        if site["infer"].get("is_auxiliary", False):
-            auxiliary.append(name)
-        if is_point_mass(fn):
-            deltas.append(name)
-        shape = np.shape(site["value"])
-        latents[name] = {
-            "shape": shape,
-            "dtype": site["value"].dtype,
-            "support": fn.support,
-            "discrete": is_discrete,
-            "free_shape": None
-            if is_discrete
-            else tuple(biject_to(fn.support).inverse_shape(shape)),
-        }
+    try:
+        closed = jax.make_jaxpr(used)(index)
+    except (ValueError, TypeError):
+        return {}
+    inputs = dict(zip(sorted(index), closed.jaxpr.invars, strict=True))
     return {
-        "latents": latents,
-        "observed": tuple(observed),
-        "auxiliary": tuple(auxiliary),
-        "deltas": tuple(deltas),
-        "plates": plates,
-        "discrete": discrete,
-        "nesting": nesting,
+        plate: batch
+        for plate, (_, batch) in seen.items()
+        if not any(reached(closed, [inputs[plate]]))
     }
 
 
-def _free_shape(support: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a latent's unconstrained value."""
-    return tuple(biject_to(support).inverse_shape(shape))
-
-
-def _plate_size(name: str, site: Mapping[str, Any]) -> int:
-    size, subsample_size = site["args"]
-    if subsample_size not in (None, size):
-        raise ValueError(
-            explain(
-                "The program subsamples a plate.",
-                expected="plates over all their rows",
-                received=f"subsample_size={subsample_size} of {size}",
-                where=f"plate {name!r}",
-                hint="drop subsample_size; minibatches of NumPyro programs are not there yet",
-            )
-        )
-    return size
+def trace_of(program: Callable, call: Call, prepare: Prepare) -> Trace:
+    """The sites of a program at arguments that stand for its own."""
+    args, kwargs = call.arguments(call.data)
+    return trace(prepare(program, jax.random.key(0), {}), args, kwargs)
 
 
 def _constants(

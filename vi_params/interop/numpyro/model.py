@@ -10,10 +10,12 @@ from numpyro.distributions import biject_to
 from numpyro.infer.util import compute_log_probs
 
 from vi_params._check import explain, require_names
+from vi_params.batches.batch import row_scale, split
 from vi_params.interop.numpyro.call import bind
 from vi_params.interop.numpyro.discover import LOCK, discover, trace
 from vi_params.interop.numpyro.discrete import finite
 from vi_params.interop.numpyro.enumeration import sum_out
+from vi_params.interop.numpyro.plates import with_rows
 from vi_params.interop.numpyro.simulate import simulator
 from vi_params.interop.numpyro.sites import sites_of
 from vi_params.sites import Site
@@ -35,15 +37,22 @@ def from_numpyro(
     every evaluation where they depend on other latents or on the data. Discrete latents stay: a
     guide of one's own and an estimator that takes them (`vi.estimators.mixed()`) do the rest.
 
-    With `enumerate=True`, discrete latents with finitely many values are summed out exactly: in plates,
-    nested plates, along `numpyro.contrib.control_flow.scan` and numpyro's `markov` (Obermeyer et
-    al., 2019). The target's latents are the continuous ones, its log density log sum_k p(x, z, k),
-    and any guide and solver for continuous latents applies. `vi.infer_discrete` draws the discrete
-    ones afterwards, with the deterministic sites that depend on them; `vi.draws` leaves those out.
-    A masked discrete site adds nothing; `handlers.scale` acts before the sum, the scale of a
-    subsampled plate after it. Inside the program a discrete latent has an extra axis on the left
-    for its values: index with it (`mean[z]`) and broadcast, without reshaping or reducing it; and
-    put what depends on it into its plates. Needs the extra `enumerate` (funsor).
+    With `enumerate=True`, discrete latents with finitely many values are summed out exactly: in
+    plates, nested plates, along `numpyro.contrib.control_flow.scan` and numpyro's `markov`
+    (Obermeyer et al., 2019). The target's latents are the continuous ones, its log density
+    log sum_k p(x, z, k), and any guide and solver for continuous latents applies.
+    `vi.infer_discrete` draws the discrete ones afterwards, with the deterministic sites that depend
+    on them; `vi.draws` leaves those out. A masked discrete site adds nothing; `handlers.scale` acts
+    before the sum, the scale of a subsampled plate after it. Inside the program a discrete latent
+    has an extra axis on the left for its values: index with it (`mean[z]`) and broadcast, without
+    reshaping or reducing it; and put what depends on it into its plates. Needs the extra
+    `enumerate` (funsor).
+
+    Plates with `subsample_size` are minibatched: `vi.svi` and `vi.fit` draw their rows in every
+    step, for model and guide alike, and NumPyro's scale N / B makes the estimate unbiased. Called
+    with all data, as by `vi.draws` and `vi.diagnose`, the same model runs over all rows. A model of
+    such a plate that is handed a batch of rows only, and does not use the plate's indices, is for
+    `vi.fit(..., data=iterable)`.
 
     Args:
         model: a NumPyro program; handlers such as `reparam`, `scale` and `mask` may wrap it.
@@ -55,8 +64,9 @@ def from_numpyro(
         A `Target`.
 
     Raises:
-        ValueError: a discrete latent that cannot be summed out, a subsampled plate or mutable
-            state; the message names the site.
+        ValueError: a discrete latent that cannot be summed out, mutable state, or a batch larger
+            than its plate; the message names the site. At a call: the size of a subsampled plate
+            has changed.
         ImportError: discrete latents are to be summed out and funsor is not installed.
         TypeError: the model does not take these arguments, or needs the value of an array while it
             is traced.
@@ -85,7 +95,9 @@ def from_numpyro(
     names = list(found.latents)
 
     def joint_at(data: Any) -> tuple[Callable, tuple, dict[str, Any]]:
-        return model, *call.arguments(data)
+        """The model at the rows of `data`, and its arguments."""
+        program = with_rows(model, data, found.plates, found.declared, found.streamed)
+        return program, *call.arguments(split(data)[0])
 
     summed = sum_out(joint_at, call.data, found) if found.discrete else None
     at = joint_at if summed is None else summed.at
@@ -126,7 +138,8 @@ def from_numpyro(
         sites = trace(handlers.substitute(fixed, substitute_fn=forward), args, kwargs)
         latents = {name: sites[name]["value"] for name in names}
         log_dets = [
-            jnp.sum(_transform(sites[name]).log_abs_det_jacobian(u[name], latents[name]))
+            row_scale(found.latents[name].plates, jnp.shape(u[name]), found.plates)
+            * jnp.sum(_transform(sites[name]).log_abs_det_jacobian(u[name], latents[name]))
             for name in names
         ]
         return latents, sum(log_dets, start=jnp.zeros(()))
@@ -154,13 +167,15 @@ def from_numpyro(
         deterministic=deterministic,
         start=start,
         plates=found.plates,
+        subsample={n: size for n, size in found.subsample.items() if n not in found.streamed},
         terms=terms,
         sites=sites if summed is None else None,
         constrain=constrain if dynamic else None,
         unconstrain=unconstrain if dynamic else None,
         infer_discrete=None if summed is None else summed.infer,
     )
-    return target if summed else target._replace(simulate=simulator(model, call, names))
+    plain = summed is None and not found.subsample
+    return target._replace(simulate=simulator(model, call, names)) if plain else target
 
 
 def _transform(site: Mapping[str, Any]) -> Any:

@@ -1,5 +1,6 @@
 """A NumPyro program as a guide."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -11,12 +12,16 @@ from numpyro.infer.autoguide import AutoGuide
 
 from vi_params._check import explain
 from vi_params._tree import is_traced
+from vi_params.batches.batch import Batch, split
 from vi_params.guide import Draw, Guide, key_noise, pick_own, sampler
 from vi_params.interop.numpyro.call import Call, bind
-from vi_params.interop.numpyro.discover import LOCK, Found, Trace, discover, trace
+from vi_params.interop.numpyro.discover import LOCK, Found, discover, trace
+from vi_params.interop.numpyro.facts import Trace
+from vi_params.interop.numpyro.plates import with_rows
 from vi_params.interop.numpyro.sites import StopGradient, sites_of
 from vi_params.params import constrain, init_params
 from vi_params.params.declare import Declared, normalise
+from vi_params.params.rows import rows_at
 from vi_params.sites import Site, is_point_mass
 
 
@@ -33,6 +38,10 @@ def numpyro_guide(
             what its model takes.
         declared: name -> `Param`, or None.
         **kwargs: the program's keyword arguments.
+
+    At a batch, plates of the program have the batch's rows. Values declared with such a plate come
+    reduced to these rows (to all rows without a batch), and so do `numpyro.param(..., event_dim=)`
+    inside of it: the same program serves full data and minibatches.
 
     Returns:
         A `Guide`. Arguments that the target has under the same name take the target's data.
@@ -64,14 +73,16 @@ def numpyro_guide(
     def run(
         params: Any, data: Any, key: jax.Array | None, fixed: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
-        values = constrain(declared, pick_own(params, declared))
-        given = dict(fixed or {})
-        if explicit:
-            bound = partial(program, values)
-        else:
-            bound, given = program, {**values, **given}
+        data = call.data if data is None else data
+        values = constrain(declared, rows_at(declared, pick_own(params, declared), data))
+        given, own = dict(fixed or {}), {} if explicit else declared
+        bound = partial(program, values) if explicit else program
+        given = given if explicit else {**values, **given}
+        if isinstance(data, Batch):
+            data = dataclasses.replace(data, taken=True)
+        bound = with_rows(bound, data, found.plates, own, found.streamed)
         seeded = bound if key is None else handlers.seed(bound, key)
-        args, kwargs = call.arguments(call.data if data is None else data)
+        args, kwargs = call.arguments(split(data)[0])
         return _sample_sites(trace(handlers.substitute(seeded, data=given), args, kwargs))
 
     def transform(params: Any, noise: jax.Array, data: Any = None) -> Draw:
@@ -120,6 +131,7 @@ def numpyro_guide(
         distributions=distributions,
         sites=sites,
         data=call.data or None,
+        plates={**found.plates},
         is_point=bool(found.latents) and set(found.deltas) == set(found.latents),
     )
 

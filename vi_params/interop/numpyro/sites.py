@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from numpyro.primitives import Messenger
 
-from vi_params.interop.numpyro.discover import Trace
+from vi_params.interop.numpyro.facts import Trace
 from vi_params.sites import Site
 
 

@@ -1,0 +1,109 @@
+"""The rows of a program's plates, chosen from outside: all of them, or those of a batch."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from numpyro.primitives import Messenger
+
+from vi_params._check import explain
+from vi_params.batches.batch import Batch
+
+
+class WithRows(Messenger):
+    """A program whose subsampled plates have the rows of an index, and all rows without one.
+
+    NumPyro scales the terms inside a plate by size / number of rows. It draws the rows by a pass
+    over the whole plate; here they come from outside.
+    """
+
+    def __init__(
+        self,
+        program: Callable,
+        index: Mapping[str, Any],
+        sizes: Mapping[str, int],
+        taken: Mapping[str, Any],
+        streamed: Mapping[str, int],
+        seen: dict[str, tuple[int, int]],
+    ) -> None:
+        """Takes what `with_rows` says."""
+        super().__init__(program)
+        self.index = index
+        self.sizes = sizes
+        self.taken = taken
+        self.streamed = streamed
+        self.seen = seen
+
+    def process_message(self, msg: Any) -> None:
+        """Sets the rows of a plate; lets a parameter that is reduced already through."""
+        if msg["type"] == "param" and msg["name"] in self.taken:
+            msg["kwargs"] = {**msg["kwargs"], "event_dim": None}
+        if msg["type"] != "plate":
+            return
+        name, (size, subsample_size) = msg["name"], msg["args"]
+        drawn = subsample_size is not None and subsample_size != size
+        subsampled = drawn or name in self.index
+        if subsample_size is not None and drawn:
+            require_fitting(name, size, subsample_size)
+            self.seen[name] = size, subsample_size
+            msg["subsample_size"] = subsample_size
+        if subsampled and self.sizes.get(name, size) != size:
+            raise ValueError(
+                explain(
+                    "A plate's size has changed.",
+                    expected=f"{self.sizes[name]} rows",
+                    received=f"{size} rows",
+                    where=f"plate {name!r}",
+                    hint="build a new target and guide for data of another size",
+                )
+            )
+        if name in self.index:
+            rows = jnp.asarray(self.index[name])
+            msg["value"], msg["args"] = rows, (size, len(rows))
+        elif name in self.streamed:
+            msg["value"] = jnp.arange(subsample_size or size)
+        elif subsampled:
+            msg["value"], msg["args"] = jnp.arange(size), (size, size)
+
+
+def with_rows(
+    program: Callable,
+    data: Any,
+    sizes: Mapping[str, int],
+    declared: Mapping[str, Any],
+    streamed: Mapping[str, int],
+    seen: dict[str, tuple[int, int]] | None = None,
+) -> Callable:
+    """The program at the rows of `data`: those of a `Batch`, or all.
+
+    Args:
+        program: a NumPyro program.
+        data: a `Batch` or the whole data.
+        sizes: plate -> the size it must have where its rows are chosen.
+        declared: name -> `Param`, of the program's own param sites.
+        streamed: plate -> batch size, of the plates whose data come batch by batch.
+        seen: where the (size, batch size) of every subsampled plate that is met is noted.
+    """
+    seen = {} if seen is None else seen
+    if not isinstance(data, Batch):
+        return WithRows(program, {}, sizes, {}, streamed, seen)
+    local = {
+        name: param
+        for name, param in declared.items()
+        if data.taken and any(plate in data.index for plate in param.plates)
+    }
+    return WithRows(program, data.index, sizes, local, streamed, seen)
+
+
+def require_fitting(name: str, size: int, subsample_size: Any) -> None:
+    """Raises unless `subsample_size` is that of a batch from the plate."""
+    if not isinstance(subsample_size, (int, np.integer)) or not 0 < subsample_size <= size:
+        raise ValueError(
+            explain(
+                "A batch does not fit into its plate.",
+                expected=f"subsample_size from 1 to {size}, the number of rows",
+                received=repr(subsample_size),
+                where=f"plate {name!r}",
+            )
+        )

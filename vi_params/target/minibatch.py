@@ -1,0 +1,205 @@
+"""Arrays whose leading axis is a plate, marked to be looked at a batch of rows at a time."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from vi_params._check import explain, require_count
+from vi_params._tree import leaves_by_path, path_name, strong
+from vi_params.batches.batch import split
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Minibatch:
+    """Marked data: what `vi.minibatch` gives.
+
+    Attributes:
+        data: a pytree of arrays with one leading axis.
+        batch_size: how many rows a step sees.
+        plate: what the axis is called.
+        size: its length.
+    """
+
+    data: Any
+    batch_size: int
+    plate: str
+    size: int
+
+
+class Rows(NamedTuple):
+    """Which arrays of some data have which plate.
+
+    Attributes:
+        plates: a pytree of plate names in the structure of the data, "" where there is none.
+        sizes: plate -> size.
+        subsample: plate -> batch size.
+    """
+
+    plates: Any
+    sizes: dict[str, int]
+    subsample: dict[str, int]
+
+
+def minibatch(data: Any, batch_size: int, *, plate: str = "rows") -> Minibatch:
+    """Data for `vi.target(..., data=...)` of which every step sees `batch_size` rows.
+
+    The arrays stay whole on the device; a step gathers the rows of its batch inside the compiled
+    loop. Parts of the data that are not marked are seen whole, and several plates are several
+    marks: `data={"x": vi.minibatch(x, 100), "sd": sd}`.
+
+    Args:
+        data: a pytree of arrays that share their leading axis.
+        batch_size: how many rows a step sees, at most their number.
+        plate: what the axis is called: the name that `Latent(..., plates=)`, `Param(..., plates=)`
+            and `vi.Batch` use for it.
+
+    Returns:
+        A `Minibatch`.
+
+    Raises:
+        ValueError: leading axes differ, or batch_size is larger than they are.
+        TypeError: batch_size is no int, or plate no name.
+
+    Example:
+        >>> def prior(values, latents, data):
+        ...     return -0.5 * latents["mean"] ** 2
+        >>> def likelihood(values, latents, data):
+        ...     return -0.5 * (data - latents["mean"]) ** 2  # one term a row
+        >>> data = vi.minibatch(jnp.arange(6.0), 2)
+        >>> target = vi.target(prior, {"mean": vi.Latent(())}, per_row=likelihood, data=data)
+        >>> batch = vi.Batch(target.data, {"rows": jnp.array([0, 4])})
+        >>> target.log_density({}, {"mean": jnp.zeros(())}, batch)  # 6 / 2 times (0 + 8)
+        Array(-24., dtype=float32)
+    """
+    require_count(batch_size, "batch_size", "vi.minibatch")
+    if not isinstance(plate, str) or not plate:
+        raise TypeError(
+            explain(
+                "A plate needs a name.",
+                expected='a str such as "rows"',
+                received=repr(plate),
+                where="vi.minibatch, plate",
+            )
+        )
+    sizes = {
+        path: jnp.shape(leaf)[0] if jnp.ndim(leaf) else None
+        for path, leaf in leaves_by_path(data).items()
+    }
+    known = set(sizes.values())
+    if len(known) != 1 or None in known:
+        raise ValueError(
+            explain(
+                "The arrays of a minibatch do not share their leading axis.",
+                expected="arrays with one leading axis of the same length",
+                received=", ".join(f"{path or 'data'}: {n}" for path, n in sizes.items())
+                or "no array",
+                where=f"vi.minibatch, plate {plate!r}",
+                hint="leave what has no rows outside of vi.minibatch",
+            )
+        )
+    (size,) = known
+    assert size is not None
+    require_batch_size(batch_size, size, plate)
+    return Minibatch(jax.tree.map(strong, data), int(batch_size), plate, size)
+
+
+def require_batch_size(batch_size: int, size: int, plate: str) -> None:
+    """Raises unless a batch of distinct rows fits into its plate."""
+    if not 0 < batch_size <= size:
+        raise ValueError(
+            explain(
+                "A batch does not fit into its plate.",
+                expected=f"a batch size from 1 to {size}, the number of rows",
+                received=str(batch_size),
+                where=f"plate {plate!r}",
+            )
+        )
+
+
+def unmark(data: Any) -> tuple[Any, Rows]:
+    """The data without marks, and which of their arrays have which plate."""
+    sizes: dict[str, int] = {}
+    subsample: dict[str, int] = {}
+
+    def is_marked(x: Any) -> bool:
+        return isinstance(x, Minibatch)
+
+    def plain(path: tuple, leaf: Any) -> tuple[Any, Any]:
+        if not is_marked(leaf):
+            return strong(leaf), ""
+        before = sizes.setdefault(leaf.plate, leaf.size), subsample.get(leaf.plate, leaf.batch_size)
+        if before != (leaf.size, leaf.batch_size):
+            raise ValueError(
+                explain(
+                    "A plate is marked in two ways.",
+                    expected=f"{before[0]} rows, batches of {before[1]}",
+                    received=f"{leaf.size} rows, batches of {leaf.batch_size}",
+                    where=f"plate {leaf.plate!r}, data {path_name(path)}",
+                )
+            )
+        subsample[leaf.plate] = leaf.batch_size
+        return leaf.data, jax.tree.map(lambda _: leaf.plate, leaf.data)
+
+    both = jax.tree_util.tree_map_with_path(plain, data, is_leaf=is_marked)
+    outer = jax.tree.structure(data, is_leaf=is_marked)
+    pairs = outer.flatten_up_to(both)
+    unmarked = outer.unflatten([pair[0] for pair in pairs])
+    plates = outer.unflatten([pair[1] for pair in pairs])
+    # A batch of all rows is no batch: the plate is looked at whole.
+    subsample = {plate: n for plate, n in subsample.items() if n != sizes[plate]}
+    return unmarked, Rows(plates, sizes, subsample)
+
+
+def gather(rows: Rows, data: Any) -> tuple[Any, dict[str, float]]:
+    """What a log density sees of some data: a batch's rows, and plate -> N / B.
+
+    Raises:
+        ValueError: an array's leading axis is not its plate's size.
+    """
+    whole, index = split(data)
+
+    def take(path: tuple, plate: str, leaf: Any) -> Any:
+        if not plate:
+            return leaf
+        if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != rows.sizes[plate]:
+            raise ValueError(
+                explain(
+                    "A plate's size has changed.",
+                    expected=f"a leading axis of {rows.sizes[plate]}",
+                    received=f"shape {jnp.shape(leaf)}",
+                    where=f"plate {plate!r}, data {path_name(path)}",
+                    hint="build a new target for data of another size",
+                )
+            )
+        return jnp.take(leaf, index[plate], axis=0) if plate in index else leaf
+
+    seen = jax.tree_util.tree_map_with_path(take, rows.plates, whole)
+    scale = {
+        plate: size / len(index[plate]) if plate in index else 1.0
+        for plate, size in rows.sizes.items()
+    }
+    return seen, scale
+
+
+def require_plates(plates: Mapping[str, Any], sizes: Mapping[str, int], where: str) -> None:
+    """Raises unless declared leading axes have their plates' sizes.
+
+    Args:
+        plates: path -> (names of the leading axes, shape).
+        sizes: plate -> size.
+        where: for the message.
+    """
+    for path, (names, shape) in plates.items():
+        for axis, plate in enumerate(names):
+            if plate in sizes and shape[axis] != sizes[plate]:
+                raise ValueError(
+                    explain(
+                        "A leading axis is not its plate's size.",
+                        expected=f"{sizes[plate]} along axis {axis}, plate {plate!r}",
+                        received=f"shape {tuple(shape)}",
+                        where=f"{where}, {path}",
+                    )
+                )
