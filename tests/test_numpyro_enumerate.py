@@ -280,6 +280,22 @@ def test_scale_of_a_subsampled_plate_acts_after_the_sum():
     np.testing.assert_allclose(part.table, 4 * jax.nn.logsumexp(table, 0).sum(), rtol=1e-6)
 
 
+def subsampled(y):
+    mean = numpyro.sample("mean", dist.Normal(jnp.zeros(2), 2.0).to_event(1))
+    with numpyro.plate("rows", len(y), subsample_size=2):
+        z = numpyro.sample("z", dist.Bernoulli(0.3))
+        numpyro.sample("y", dist.Normal(mean[z], 1.0), obs=numpyro.subsample(y, 0))
+
+
+def test_batches_of_enumerated_rows_average_to_the_whole():
+    """The density at all rows is the mean over the batches of an epoch."""
+    target = vi.from_numpyro(subsampled, Y, enumerate=True)
+    density, mean = jax.jit(target.log_density), {"mean": jnp.array([-0.5, 1.0])}
+    batches = [vi.Batch(target.data, {"rows": jnp.array(rows)}) for rows in ([2, 0], [1, 3])]
+    average = np.mean([density({}, mean, batch) for batch in batches])
+    np.testing.assert_allclose(average, density({}, mean, target.data), rtol=1e-6)
+
+
 def with_missing_labels(x, label, known):
     """Labels of which some are known: numpyro masks the others, and the likelihood of the known."""
     mean = numpyro.sample("mean", dist.Normal(0, 1).expand([2]).to_event(1))
