@@ -1,4 +1,4 @@
-"""Eight schools: the same model written twice, approximated by two families, and judged.
+"""Eight schools: the same model written twice, approximated in one call and by hand, and judged.
 
 Eight schools each tried a coaching programme and reported an effect y with a standard error sigma
 (Rubin, 1981). The hierarchical model pools them,
@@ -10,7 +10,8 @@ Written like this (*centred*), the posterior is a funnel: where tau is small, al
 together, and no Gaussian follows that. Written with theta = mu + tau * z, z ~ Normal(0, 1)
 (*non-centred*), it is the same model over other coordinates, and nearly Gaussian.
 
-A fit always returns numbers. This script shows how to tell which of them to believe:
+A fit always returns numbers. This script shows how to tell which of them to believe. First
+`vi.approximate` does everything in one call and says whether to trust it. Then by hand:
 
 1. `vi.check` looks at the model before anything is fitted,
 2. `vi.fit` with restarts shows whether the optimiser finds the same place again,
@@ -136,7 +137,17 @@ def main() -> dict[tuple[str, str], Result]:
     families = {"mean-field": vi.guides.mean_field, "full-rank": vi.guides.full_rank}
     targets = {name: vi.from_numpyro(model, SIGMA, Y) for name, model in models.items()}
 
-    # Before anything is fitted: is the model finite where a fit would start?
+    # The whole way in one call.
+    for i, (name, target) in enumerate(targets.items()):
+        print(f"== in one call: {name}")
+        posterior = vi.approximate(target, jax.random.key(i))
+        print(posterior)
+        if posterior.trustworthy:
+            draws = posterior.draws(jax.random.key(2), 4000)
+            print(vi.summary({name: draws[name] for name in ("mu", "tau", "theta")}))
+        print()
+
+    # By hand. Before anything is fitted: is the model finite where a fit would start?
     for name, target in targets.items():
         print(f"== check: {name}")
         print(vi.check(target, jax.random.key(0)), end="\n\n")

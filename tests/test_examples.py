@@ -41,6 +41,9 @@ def test_eight_schools(tmp_path, monkeypatch, capsys):
         assert result.fit.status.name == "CONVERGED"
         assert "10 of 10" in result.fit.message
     told = capsys.readouterr().out
+    one_call = told.split("== check")[0].split("== in one call")
+    assert "Trust this" in one_call[1]
+    assert "Use MCMC" in one_call[2]
     assert "Trust: non-centred" in told
     assert "Do not trust: centred, mean-field; centred, full-rank" in told
 
