@@ -8,6 +8,13 @@ import pytest
 COMPILED = []
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _forget():
+    """What a file compiled is of no use to the next one, and takes memory."""
+    yield
+    jax.clear_caches()
+
+
 def _listen(event, duration, **_):
     if event == "/jax/core/compile/backend_compile_duration":
         COMPILED.append(event)

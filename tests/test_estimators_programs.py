@@ -81,6 +81,7 @@ def mean_gradient(objective, params, draws, key):
 
 
 @pytest.mark.parametrize("name", ["mixed", "enumerate"])
+@pytest.mark.slow
 def test_choices_after_choices_under_a_scale(chained, name):
     """Where later choices of the guide depend on earlier ones, and a plate is scaled, the gradient
     is that of the exact scaled ELBO: log q is scaled in the costs, never in the score."""

@@ -198,6 +198,7 @@ def test_nested_plates_scale_by_both():
     assert_close(mean, jax.value_and_grad(whole, argnums=(0, 1))(params, latents))
 
 
+@pytest.mark.slow
 def test_two_runs_are_one_and_an_epoch_sees_every_row():
     """run(2 n) is run(n) twice bit for bit, in the middle of an epoch too; the rows of an epoch are
     a partition."""

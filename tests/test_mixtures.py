@@ -125,6 +125,7 @@ def test_population_monte_carlo_follows_a_skewed_posterior():
         np.testing.assert_allclose(draws[name].std(), np.sqrt(shape), rtol=0.07)
 
 
+@pytest.mark.slow
 def test_population_monte_carlo_is_pure():
     """Under vmap over keys, each lane gives what it gives alone; a mixture is a start, too."""
     start = vi.solvers.deterministic(SKEWED, KEY)

@@ -506,9 +506,9 @@ def test_errors_of_the_program_say_what_it_sees():
 
 
 def test_without_enumerate_the_message_names_it():
-    """Discrete latents are refused without enumerate, and the message names it."""
+    """What needs continuous latents refuses discrete ones, and the message names enumerate."""
     with pytest.raises(ValueError, match="enumerate=True"):
-        vi.from_numpyro(mixture, Y)
+        vi.guides.mean_field(vi.from_numpyro(mixture, Y))
     with pytest.raises(TypeError, match="True or False"):
         vi.from_numpyro(mixture, Y, enumerate="z")
 

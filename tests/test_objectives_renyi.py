@@ -169,6 +169,7 @@ def both(one, other):
     ]
 
 
+@pytest.mark.slow
 def test_special_orders():
     """alpha = 1, and near it, is the ELBO; alpha = 0 the IWAE bound; 1 - n the bound of chi^n; one
     draw is the ELBO at any alpha. The same draws give the same loss and gradient."""

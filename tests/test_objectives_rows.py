@@ -88,6 +88,7 @@ def test_rows_apart_are_tighter():
     assert evidence - rows[0] < 0.8 * (evidence - whole[0])
 
 
+@pytest.mark.slow
 def test_gradients_agree():
     """The three estimators have one mean gradient, in guide and model, within four standard
     errors of the difference."""

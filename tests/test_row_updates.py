@@ -113,6 +113,7 @@ def test_a_step_moves_the_batch_s_rows_alone():
     assert_same(one.params["m_loc"], other.params["m_loc"], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_frozen_stays_and_thaws():
     """A frozen parameter keeps its bits, rows and all, beside a schedule and another optimiser for
     the rest; a fit that goes on from there without the freeze moves it."""
@@ -149,6 +150,7 @@ def test_a_batch_that_is_not_finite_changes_nothing():
     assert np.all(fine.params["loc"][:2] != state.params["loc"][:2])
 
 
+@pytest.mark.slow
 def test_fit_with_restarts_takes_row_updates():
     """Restarts in lanes make the steps that each of them makes alone."""
     options = {"key": KEY, "num_steps": 30, "stop": vi.stopping.never(every=10), "progress": False}

@@ -106,6 +106,7 @@ def test_a_gaussian_is_exact(gaussian, solver):
     assert float(solution.info.details.residual) < 1e-2
 
 
+@pytest.mark.slow
 def test_the_units_do_not_matter_in_float32(gaussian):
     """A first Gaussian from Newton steps, exact covariances from one batch, and a small k-hat."""
     solution = vi.solvers.batch_and_match(gaussian, KEY)

@@ -105,6 +105,7 @@ def test_supports_are_followed():
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_model_parameters_maximise_the_evidence():
     """y_i ~ N(z_i, 1), z_i ~ N(0, s): the evidence is N(y; 0, sqrt(1 + s^2)), largest at s^2 =
     mean(y^2) - 1. The joint density is largest at s = 0 instead."""

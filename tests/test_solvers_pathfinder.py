@@ -130,6 +130,7 @@ def test_a_gaussian(gaussian):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_two_modes_have_their_weights():
     """Paths that end in either mode: the pooled draws have each with its mass, whichever number of
     paths ended there."""
@@ -149,6 +150,7 @@ def test_two_modes_have_their_weights():
     np.testing.assert_allclose(values_of(solution)["loc"], [8.0], atol=0.2)
 
 
+@pytest.mark.slow
 def test_vmap_over_keys_and_data_equals_the_loop(gaussian, compilations):
     """Many solutions are one program, equal to one at a time; a second one compiles nothing."""
     means = jnp.stack([MEAN, MEAN + 1.0])

@@ -137,14 +137,14 @@ class Approximation:
         for one in jax.random.split(key, batches):
             propose, choose = jax.random.split(one)
             weighted = draw(self.params, propose, self.data)[0]
+            index = np.arange(BATCH)
             if self.resampled:
-                index = program(_pick, each)(choose, weighted.smoothed.log_weights)
-            else:
-                index = np.arange(each)
-            parts.append(
-                jax.tree.map(lambda leaf, i=index: leaf[i], (weighted.latents, weighted.position))
-            )
-        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:num_draws], *parts)
+                index = np.asarray(_pick(choose, weighted.smoothed.log_weights))
+            # In numpy: every number of draws would compile a program of its own.
+            found = jax.device_get((weighted.latents, weighted.position))
+            parts.append(jax.tree.map(lambda leaf, i=index[:each]: leaf[i], found))
+        joined = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:num_draws], *parts)
+        return jax.tree.map(jnp.asarray, joined)
 
     def __str__(self) -> str:
         return f"{self.verdict}\n{self.table}"
@@ -167,8 +167,10 @@ def _judge(target: Target, guide: Guide) -> Callable[..., tuple[Weighted, Diagno
     return compiled
 
 
-def _pick(num_draws: int) -> Callable[..., jax.Array]:
-    return quick(lambda key, log_weights: pick_draws(key, log_weights, num_draws))
+@quick
+def _pick(key: jax.Array, log_weights: jax.Array) -> jax.Array:
+    """A batch of draws in random order: each of its parts is one, too."""
+    return pick_draws(key, log_weights, BATCH)
 
 
 def _deterministic(target: Target) -> Callable[..., dict[str, jax.Array]]:

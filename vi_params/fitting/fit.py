@@ -4,7 +4,7 @@ import functools
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from vi_params.fitting.optimizer import default_optimizer
 from vi_params.fitting.result import Final, Fit, Progress, Status, assemble
 from vi_params.fitting.stopping import Stopping, plateau
 from vi_params.fitting.stream import Stream, feed, is_stream, require_batch
+from vi_params.fitting.sweep import combinations, require_injected
 from vi_params.objectives.objective import Measure, Objective, resolve
 from vi_params.params import init_params
 from vi_params.svi import TRIES, require_params
@@ -54,6 +55,7 @@ def fit(
     callbacks: Sequence[Callable[[Progress], Any]] = (),
     batches: Scheme | None = None,
     updates: Updates | None = None,
+    sweep: Mapping[str, Sequence[float]] | None = None,
 ) -> Fit:
     """The parameters that minimise an objective.
 
@@ -77,14 +79,15 @@ def fit(
             was reached is returned, with a warning and the status DATA_FAILED.
         restarts: how many starts to fit.
         stop: when to stop before `num_steps`: `vi.stopping.plateau()` by default (its tolerance
-            that of the objective's measure), or
-            `vi.stopping.never()`.
+            that of the objective's measure), or `vi.stopping.never()`.
         progress: whether to show a progress bar.
         params: unconstrained parameters to start from, for one restart.
         callbacks: functions of a `Progress`, called after every compiled call; one that returns
             True ends the fit.
         batches: how the rows of subsampled plates are drawn: `vi.batches.shuffled()` by default.
         updates: which rows a step updates: `vi.updates.rows()` by default, `vi.updates.dense()`.
+        sweep: option -> values, of options that `optax.inject_hyperparams` put into the optimiser's
+            state: every restart runs at every combination, with the same start and noise.
 
     Returns:
         A `Fit`: the restart with the lowest loss under common random numbers, and all others.
@@ -93,6 +96,7 @@ def fit(
     Raises:
         ValueError: no restart had a finite loss and gradient at any of 100 starts; the message says
             which site is not finite. An iterable gives no first batch. num_steps or restarts < 1.
+            `sweep` names an option that the optimiser's state does not hold.
         KeyError: names of `params` or `data` do not match.
         TypeError: `key` is not a typed key, or `optimizer` no optax transformation.
 
@@ -123,12 +127,17 @@ def fit(
     measure = objective.measure
     stop = stop or plateau(tolerance=measure.tolerance)
     optimizer = default_optimizer() if optimizer is None else optimizer
+    swept = combinations(sweep)
+    require_injected(optimizer, objective.declared, list(swept))
+    times = len(next(iter(swept.values()))) if swept else 1
     compiled: Programs = program(
-        programs, objective, restarts, alike=(optimizer, stop, batches, updates)
+        programs, objective, restarts * times, alike=(optimizer, stop, batches, updates)
     )
 
     start_keys, step_keys, final_key = _keys(key, restarts)
-    lanes = compiled.begin(start_keys, params, data)
+    start_keys, step_keys = (jnp.tile(keys, times) for keys in (start_keys, step_keys))
+    options = {name: np.repeat(values, restarts) for name, values in swept.items()}
+    lanes = compiled.begin(start_keys, params, data, options)
     _require_valid(objective, lanes, start_keys, params, data)
 
     ended = None
@@ -147,7 +156,7 @@ def fit(
     if ended is not None:
         early = Status.DATA_FAILED if ended.failed else Status.DATA_ENDED
     statuses = [early if status is Status.NUM_STEPS else status for status in statuses]
-    if restarts > 1:
+    if len(statuses) > 1:
         compared = compiled.compare(lanes, final_key, data)
         final = Final(*(np.asarray(x) for x in compared))
     else:
@@ -155,7 +164,8 @@ def fit(
     told = ended.message if ended is not None else ""
     if ended is not None and ended.failed:
         warnings.warn(told, stacklevel=2)
-    return assemble(lanes.state, losses, statuses, np.asarray(lanes.skipped), final, measure, told)
+    skipped = np.asarray(lanes.skipped)
+    return assemble(lanes.state, losses, statuses, skipped, final, measure, told, options)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -12,6 +12,7 @@ from jax import lax
 from vi_params._tree import where_tree
 from vi_params.batches import Scheme
 from vi_params.fitting.stopping import Stopping
+from vi_params.fitting.sweep import with_options
 from vi_params.objectives.objective import Objective
 from vi_params.svi import BLOCK, Info, Start, State, accept, noise_of_steps, noise_size, svi
 from vi_params.updates import Updates
@@ -48,7 +49,8 @@ class Programs(NamedTuple):
     """What the host loop calls, compiled.
 
     Attributes:
-        begin: `(keys, params, data) -> Lanes`; `params` None or those of one start.
+        begin: `(keys, params, data, options) -> Lanes`; `params` None or those of one start,
+            `options` name -> value of a numeric option of the optimiser, one a lane.
         advance: `(lanes, keys, count, data) -> (lanes, losses, made)`: `count` more steps, at most
             `capacity`, or until all have stopped; `made` is how many. Losses have the shape
             `(restarts, capacity)`, NaN where a lane made no step.
@@ -163,14 +165,16 @@ def programs(
         settled = lanewise(partial(settle, count=count))
         return settled(lanes, lanes.state, losses, skipped)[0]
 
-    def begin(keys: jax.Array, params: Any, data: Any) -> Lanes:
-        def one(key: jax.Array) -> Lanes:
+    def begin(keys: jax.Array, params: Any, data: Any, options: Any) -> Lanes:
+        def one(key: jax.Array, options: Any) -> Lanes:
             start: Start = inference.start(key, params, data)
+            state = start.state
+            state = state._replace(opt_state=with_options(state.opt_state, options))
             memory = stop.init(stop.options)
             outcome = jnp.where(start.valid, RUNNING, INVALID).astype(jnp.int32)
-            return Lanes(start.state, memory, outcome, jnp.int32(0))
+            return Lanes(state, memory, outcome, jnp.int32(0))
 
-        return lanewise(one)(keys)
+        return lanewise(one)(keys, options)
 
     return Programs(
         jax.jit(begin),

@@ -2,6 +2,8 @@
 
 import dataclasses
 import enum
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +12,8 @@ import numpy as np
 from vi_params._table import Table
 from vi_params.objectives.objective import ELBO, Measure
 from vi_params.svi import State
+
+EMPTY: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
 class Status(enum.Enum):
@@ -119,6 +123,7 @@ def assemble(
     final: Final,
     measure: Measure = ELBO,
     told: str = "",
+    options: Mapping[str, np.ndarray] = EMPTY,
 ) -> Fit:
     """The `Fit` of all restarts: the best chosen, the others compared with it.
 
@@ -130,18 +135,28 @@ def assemble(
         final: their ELBOs, or what else minus their losses are.
         measure: what the loss estimates.
         told: what else a reader must know.
+        options: name -> the value of a swept option, one a restart.
     """
     steps = np.asarray(states.step)
     rank = np.where(np.isfinite(final.elbos), final.elbos, -np.inf)
     best = int(np.argmax(rank))
     state = jax.tree.map(lambda leaf: leaf[best], states)
     shown, ses = measure.of(-final.elbos), final.ses
+    swept = [[float(f"{value:.6g}") for value in values] for values in options.values()]
     rows = tuple(
-        (i, float(shown[i]), float(ses[i]), int(steps[i]), int(skipped[i]), statuses[i].name)
+        (
+            i,
+            *(values[i] for values in swept),
+            float(shown[i]),
+            float(ses[i]),
+            int(steps[i]),
+            int(skipped[i]),
+            statuses[i].name,
+        )
         for i in np.argsort(-rank, kind="stable").tolist()
     )
     shown_as = "elbo" if measure == ELBO else measure.name
-    columns = ("restart", shown_as, "se", "steps", "skipped", "status")
+    columns = ("restart", *options, shown_as, "se", "steps", "skipped", "status")
     return Fit(
         params=state.params,
         state=state,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vi_params._check import explain, require_names
+from vi_params._check import explain, require_instance, require_names
 from vi_params._tree import fold_in_words, is_traced, name_words, pick, strong
 from vi_params.params import Latent, constrain, init_params
 from vi_params.params.declare import bijector, constraint_name
@@ -63,6 +63,7 @@ def model_values(target: Target, params: Any) -> dict[str, Any]:
 
 def require_whole_plates(target: Target, where: str) -> None:
     """Raises where a latent has the rows of one batch only, which come from outside."""
+    require_instance(target, Target, "vi.target or vi.from_numpyro", f"{where}, target")
     for name, latent in target.latents.items():
         for plate, rows in zip(latent.plates, latent.shape, strict=False):
             if plate is not None and target.plates.get(plate, rows) != rows:

@@ -81,7 +81,7 @@ def target(
     data, rows = unmark(data)
     require_plates({n: (x.plates, x.shape) for n, x in latents.items()}, rows.sizes, "latents")
     require_plates(plates_of(declared), rows.sizes, "declared")
-    scaled = len(inspect.signature(log_density).parameters) == 4
+    scaled = _takes_scale(log_density)
     parts = _parts(per_row, rows, scaled)
 
     def terms(values: Any, latents: Any, data: Any) -> dict[str, jax.Array]:
@@ -118,6 +118,16 @@ def target(
         terms=terms,
         see=lambda data: gather(rows, data)[0],
     )
+
+
+def _takes_scale(log_density: Callable[..., Any]) -> bool:
+    """Whether a log density has a fourth argument without a default."""
+    try:
+        parameters = inspect.signature(log_density).parameters.values()
+    except ValueError:  # a callable that does not tell
+        return False
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in positional and p.default is p.empty for p in parameters) == 4
 
 
 def _parts(
