@@ -1,5 +1,7 @@
 """Laws that every objective obeys: pure, data as an argument, bounded memory, one compilation."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -237,7 +239,7 @@ def test_what_is_refused(case):
     """What does not fit is refused when the objective is built, with the way out."""
     build, fragments = WRONG[case]
     target = make_target(False)
-    with pytest.raises(ValueError) as caught:  # noqa: PT011 (the fragments say which)
+    with pytest.raises(ValueError, match=re.escape(fragments[0])) as caught:
         build(target, make_guide())
-    for fragment in fragments:
+    for fragment in fragments[1:]:
         assert fragment in str(caught.value)

@@ -65,7 +65,7 @@ def pick(mapping: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
 def strong(x: Any) -> jax.Array:
     """`x` as an array whose dtype is not weak, so that a compiled step is traced once."""
     x = jnp.asarray(x)
-    return lax.convert_element_type(x, x.dtype)
+    return lax.convert_element_type(x, x.dtype) if x.weak_type else x
 
 
 def is_traced(*trees: Any) -> bool:

@@ -113,8 +113,11 @@ def _rows(
             return _map_axes(lambda plates, leaf: take_axes(leaf, plates, at), axes, tree)
 
         def see(some: Any) -> Any:
-            again = lambda plates, leaf: take_axes(leaf, plates, inside)  # noqa: E731
-            return _map_axes(again, params_axes, some) if inside else some
+            if not inside:
+                return some
+            return _map_axes(
+                lambda plates, leaf: take_axes(leaf, plates, inside), params_axes, some
+            )
 
         return Lens(
             take_params=lambda params: reduced(params_axes, params),

@@ -14,7 +14,7 @@ from vi_params.diagnostics import Diagnosis, check
 from vi_params.diagnostics.diagnose import threshold
 from vi_params.importance import Weighted
 from vi_params.objectives.objective import resolve
-from vi_params.solvers.deterministic import explore
+from vi_params.solvers.deterministic import deterministic
 from vi_params.solvers.linear_response import linear_response
 from vi_params.solvers.merge import merge
 from vi_params.solvers.optima import distinct
@@ -157,14 +157,14 @@ def _respond(
     """The best solution with linear response, and that of every distinct optimum."""
     num_draws = None
     for _ in range(1 + DOUBLINGS):
-        solution, (params, responses) = explore(target, key, data, lanes=lanes, num_draws=num_draws)
+        solution = deterministic(target, key, data, lanes=lanes, num_draws=num_draws)
         best = linear_response(target, solution, data)
         if not float(best.info.sampling_error) > TOLERABLE:
             break
         num_draws = 2 * len(solution.noise)
     modes = [best]
-    for i in distinct(solution, params):
-        lane = jax.tree.map(lambda leaf, i=i: leaf[i], (params, responses))
+    for i in distinct(solution):
+        lane = jax.tree.map(lambda leaf, i=i: leaf[i], solution.lanes)
         info = solution.info._replace(status=solution.info.lane_statuses[i])
         other = solution._replace(params=lane[0], info=info, response=lane[1])
         modes.append(linear_response(target, other, data))

@@ -128,14 +128,14 @@ def fit(
     stop = stop or plateau(tolerance=measure.tolerance)
     optimizer = default_optimizer() if optimizer is None else optimizer
     swept = combinations(sweep)
-    require_injected(optimizer, objective.declared, list(swept))
+    if swept:
+        require_injected(optimizer, objective.declared, list(swept))
     times = len(next(iter(swept.values()))) if swept else 1
     compiled: Programs = program(
         programs, objective, restarts * times, alike=(optimizer, stop, batches, updates)
     )
 
-    start_keys, step_keys, final_key = _keys(key, restarts)
-    start_keys, step_keys = (jnp.tile(keys, times) for keys in (start_keys, step_keys))
+    start_keys, step_keys, final_key = _keys(key, restarts, times)
     options = {name: np.repeat(values, restarts) for name, values in swept.items()}
     lanes = compiled.begin(start_keys, params, data, options)
     _require_valid(objective, lanes, start_keys, params, data)
@@ -168,12 +168,12 @@ def fit(
     return assemble(lanes.state, losses, statuses, skipped, final, measure, told, options)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _keys(key: jax.Array, restarts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Keys for the starts and the steps of every restart, and one for the comparison at the end."""
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _keys(key: jax.Array, restarts: int, times: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Keys for starts and steps of every restart, all `times` over, and one for the comparison."""
     own = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(restarts))
     start, step = (jax.vmap(lambda k, n=n: fold_in_name(k, n))(own) for n in ("start", "step"))
-    return start, step, fold_in_name(key, "compare")
+    return jnp.tile(start, times), jnp.tile(step, times), fold_in_name(key, "compare")
 
 
 def _loop(

@@ -97,34 +97,6 @@ def deterministic(
         >>> bool(jnp.allclose(values["loc"], 3.0)), bool(jnp.allclose(values["scale"], 2.0))
         (True, True)
     """
-    return explore(
-        target,
-        key,
-        data,
-        num_draws=num_draws,
-        noise=noise,
-        lanes=lanes,
-        init=init,
-        tolerance=tolerance,
-        max_steps=max_steps,
-        name=name,
-    )[0]
-
-
-def explore(
-    target: Target,
-    key: jax.Array,
-    data: Any = None,
-    *,
-    num_draws: int | None = None,
-    noise: Noise | None = None,
-    lanes: int = 4,
-    init: Any = None,
-    tolerance: float | None = None,
-    max_steps: int = 200,
-    name: str = "guide",
-) -> tuple[Solution, tuple[Any, Response | None]]:
-    """What `deterministic` gives, and the parameters and responses that all lanes ended with."""
     require_key(key, "solvers.deterministic")
     require_count(lanes, "lanes", "solvers.deterministic")
     require_count(max_steps, "max_steps", "solvers.deterministic")
@@ -139,8 +111,7 @@ def explore(
     guide, solve = program(
         _build, target, num_draws, lanes, tolerance, max_steps, name, alike=(scheme, init)
     )
-    best, all_lanes = solve(key, resolve(target, data))
-    return Solution(guide, *best), all_lanes
+    return Solution(guide, *solve(key, resolve(target, data)))
 
 
 def _build(
@@ -159,8 +130,8 @@ def _build(
     entropy = 0.5 * layout.dim * (1 + math.log(2 * math.pi))
 
     @quick
-    def solve(key: jax.Array, data: Any) -> tuple[tuple, tuple]:
-        """The fields of the best `Solution`, and parameters and responses of all lanes."""
+    def solve(key: jax.Array, data: Any) -> tuple:
+        """The fields of the `Solution` after its guide."""
         draws = scheme.draw(jax.random.fold_in(key, lanes), num_draws, layout.dim)
         f = fixed_draws(
             layout.log_density(data), draws, lanes * layout.size(data), layout.num_model
@@ -191,7 +162,7 @@ def _build(
             both = 2 * layout.dim
             responses = Response(hessian[:, :both, :both], scores[:, :, :both])
         own, response = jax.tree.map(lambda leaf: leaf[best], (params, responses))
-        return (own, info, draws, response), (params, responses)
+        return own, info, draws, response, (params, responses)
 
     return guide, solve
 

@@ -1,7 +1,5 @@
 """Which of several lanes ended in other optima than the best one."""
 
-from typing import Any
-
 import numpy as np
 
 from vi_params.solvers.solution import Solution, SolverStatus
@@ -13,13 +11,9 @@ BELOW = 10.0
 """Optima that are this many nats worse than the best one hold no mass that matters."""
 
 
-def distinct(solution: Solution, params: Any) -> list[int]:
-    """One lane of each optimum other than the solution's own, the best lane of each.
-
-    Args:
-        solution: a mean-field `Solution`.
-        params: the parameters that all lanes ended with, leading axis the lanes.
-    """
+def distinct(solution: Solution) -> list[int]:
+    """The best lane of each optimum other than the one that a mean-field solution reports."""
+    params = solution.lanes[0]
     (name,) = solution.guide.declared
     elbos = np.asarray(solution.info.lane_elbos)
     converged = np.asarray(solution.info.lane_statuses) == SolverStatus.CONVERGED

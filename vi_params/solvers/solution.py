@@ -76,6 +76,8 @@ class Solution(NamedTuple):
             solver draws anew at every step.
         response: the `Response` at the solution, for `vi.linear_response`; None where the Hessian
             would be large, and for other solvers.
+        lanes: `(params, response)` of every lane of `vi.solvers.deterministic`, leading axis the
+            lanes; None for other solvers.
     """
 
     guide: Guide
@@ -83,6 +85,7 @@ class Solution(NamedTuple):
     info: SolverInfo
     noise: jax.Array
     response: Any = None
+    lanes: Any = None
 
     def __str__(self) -> str:
         error = self.info.sampling_error
