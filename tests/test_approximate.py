@@ -56,8 +56,9 @@ def test_it_prints_a_verdict_and_what_was_tried():
 def test_a_second_call_compiles_nothing(compilations):
     """Other data of the same shapes: every program is there."""
     vi.approximate(TARGET, KEY, TARGET.data).draws(KEY, 100)
+    other_key, counts = jax.random.key(5), jnp.array([1.0, 2.0, 0.0, 1.0])
     with compilations() as seen:
-        other = vi.approximate(TARGET, jax.random.key(5), jnp.array([1.0, 2.0, 0.0, 1.0]))
+        other = vi.approximate(TARGET, other_key, counts)
         draws = other.draws(KEY, 100)
     assert seen == []
     np.testing.assert_allclose(draws["rate"].mean(), 6.0 / 5.0, atol=0.25)

@@ -111,10 +111,10 @@ def test_a_second_fit_compiles_nothing(compilations):
     with compilations() as first:
         before = fit()
     assert first
-    other = {"mean": MEAN + 1.0, "precision": 2.0 * PRECISION}
+    other, other_key = {"mean": MEAN + 1.0, "precision": 2.0 * PRECISION}, jax.random.key(5)
     with compilations() as seen:
         again = fit()
-        elsewhere = fit(key=jax.random.key(5))
+        elsewhere = fit(key=other_key)
         moved = fit(data=other)
     assert seen == []
     np.testing.assert_array_equal(again.losses, before.losses)
