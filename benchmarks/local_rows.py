@@ -117,7 +117,8 @@ def memory(run):
     """Bytes beyond state and data: XLA's account, and the growth of the process."""
     leaf = max(x.nbytes for x in jax.tree.leaves(run.state))
     whole = programs(run.objective, 1, optax.adam(1e-2), vi.stopping.never())
-    lanes = jax.eval_shape(whole.begin, jax.random.split(jax.random.key(0), 1), None, run.data)
+    keys = jax.random.split(jax.random.key(0), 1)
+    lanes = jax.eval_shape(whole.begin, keys, None, run.data, {})
     keys = jax.random.split(jax.random.key(0), 1)
     account = whole.advance.lower(lanes, keys, jnp.int32(1), run.data).compile().memory_analysis()
     extra = account.temp_size_in_bytes + account.output_size_in_bytes - account.alias_size_in_bytes
