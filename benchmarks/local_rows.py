@@ -119,7 +119,6 @@ def memory(run):
     whole = programs(run.objective, 1, optax.adam(1e-2), vi.stopping.never())
     keys = jax.random.split(jax.random.key(0), 1)
     lanes = jax.eval_shape(whole.begin, keys, None, run.data, {})
-    keys = jax.random.split(jax.random.key(0), 1)
     account = whole.advance.lower(lanes, keys, jnp.int32(1), run.data).compile().memory_analysis()
     extra = account.temp_size_in_bytes + account.output_size_in_bytes - account.alias_size_in_bytes
     found = {
