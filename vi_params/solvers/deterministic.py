@@ -179,14 +179,16 @@ class Layout:
         self.dim = self.flat.dim
         model = abstract_params(target.declared)
         blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), model)
-        theta, self.unravel = ravel_pytree(blank)
-        self.num_model = theta.size
+        self.num_model = sum(leaf.size for leaf in jax.tree.leaves(model))
+        self.unravel = ravel_pytree(blank)[1] if self.num_model else lambda theta: {}
 
     def vector(self, params: Any) -> jax.Array:
         """Parameters as (m, w, theta)."""
         own = params[self.name]
-        theta = ravel_pytree({key: params[key] for key in self.target.declared})[0]
-        return jnp.concatenate([own["loc"], own["scale"], theta])
+        parts = [own["loc"], own["scale"]]
+        if self.num_model:  # old versions of JAX ravel nothing into a scalar
+            parts.append(ravel_pytree({key: params[key] for key in self.target.declared})[0])
+        return jnp.concatenate(parts)
 
     def params(self, x: jax.Array) -> dict[str, Any]:
         """Parameters of a vector (m, w, theta)."""
