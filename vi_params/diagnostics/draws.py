@@ -7,9 +7,9 @@ import jax
 
 from vi_params._cache import program
 from vi_params._check import require_count, require_key
+from vi_params._over import over
 from vi_params._tree import pick
 from vi_params.guide import Guide
-from vi_params.importance.weigh import over_noise
 from vi_params.matching import joint_data, matched
 from vi_params.params import constrain
 from vi_params.target import Target
@@ -71,6 +71,6 @@ def _draws(target: Target, guide: Guide, num_draws: int, batch_size: int | None)
             latents = guide.transform(params, noise, data).latents
             return {**latents, **target.deterministic(values, latents, data)}
 
-        return over_noise(one, guide.noise(key, num_draws), batch_size)
+        return over(one, guide.noise(key, num_draws), batch_size)
 
     return compiled

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vi_params._over import over
 from vi_params._tree import pick
 from vi_params.guide import Guide
 from vi_params.importance.psis import Smoothed, psis
@@ -26,14 +27,6 @@ class Weighted(NamedTuple):
     position: Any
     log_ratios: jax.Array
     smoothed: Smoothed
-
-
-def over_noise(f: Any, noise: Any, batch_size: int | None) -> Any:
-    """`f` at every particle's noise, `batch_size` of them at once."""
-    num = jax.tree.leaves(noise)[0].shape[0]
-    if batch_size is None or batch_size >= num:
-        return jax.vmap(f)(noise)
-    return jax.lax.map(f, noise, batch_size=batch_size)
 
 
 def weigh(
@@ -65,7 +58,7 @@ def weigh(
         log_ratio = target.log_density(values, draw.latents, data) - draw.log_prob
         return draw.latents, draw.position, log_ratio
 
-    latents, position, log_ratios = over_noise(one, noise, batch_size)
+    latents, position, log_ratios = over(one, noise, batch_size)
     if nan_is_outside:
         log_ratios = jnp.where(jnp.isnan(log_ratios), -jnp.inf, log_ratios)
     return Weighted(latents, position, log_ratios, psis(log_ratios))

@@ -12,12 +12,12 @@ of l at the draws, g_i and H_i, by the chain rule through A_i = d(z_i, theta)/dx
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from vi_params._over import over
 from vi_params.solvers.trust_region import Smooth, matrix_free
 
 DENSE = 32
@@ -63,7 +63,7 @@ def fixed_draws(log_density: LogDensity, draws: jax.Array, size: int, num_model:
 
         def loss(x: jax.Array) -> jax.Array:
             m, w, theta = split(x, dim)
-            terms = over_draws(lambda e: log_density(m + jnp.exp(w) * e, theta), draws, at_once)
+            terms = over(lambda e: log_density(m + jnp.exp(w) * e, theta), draws, at_once)
             return -jnp.mean(terms) - jnp.sum(w)
 
         return matrix_free(loss)
@@ -91,7 +91,7 @@ def fixed_draws(log_density: LogDensity, draws: jax.Array, size: int, num_model:
             return value, lift(slope), lift(lift(hessian).T) + jnp.diag(bend)
 
         entropy = jnp.zeros_like(x).at[dim : 2 * dim].set(1.0)
-        values, slopes, hessians = over_draws(one, draws, at_once)
+        values, slopes, hessians = over(one, draws, at_once)
         pairs = slopes.reshape(2, -1, x.size).mean(0) - entropy
         curvature = Response(hessians.mean(0), pairs)
         return values.mean() - jnp.sum(w), pairs.mean(0), curvature
@@ -102,13 +102,6 @@ def fixed_draws(log_density: LogDensity, draws: jax.Array, size: int, num_model:
 def split(x: jax.Array, dim: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(m, w, theta)."""
     return x[:dim], x[dim : 2 * dim], x[2 * dim :]
-
-
-def over_draws(f: Callable[[jax.Array], Any], draws: jax.Array, at_once: int) -> Any:
-    """f of every draw, `at_once` of them side by side."""
-    if at_once == len(draws):
-        return jax.vmap(f)(draws)
-    return lax.map(f, draws, batch_size=at_once)
 
 
 def divisor(number: int, limit: int) -> int:

@@ -17,11 +17,12 @@ from jax import lax
 from vi_params._cache import program
 from vi_params._check import explain
 from vi_params._compile import quick
+from vi_params._over import over
 from vi_params.guides import full_rank, mean_field
 from vi_params.objectives.objective import resolve
 from vi_params.params import unconstrain
 from vi_params.solvers.deterministic import Layout, own_name
-from vi_params.solvers.fixed_draws import BLOCK, Response, divisor, over_draws, split
+from vi_params.solvers.fixed_draws import BLOCK, Response, divisor, split
 from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus
 from vi_params.target import Target, whole
 
@@ -104,10 +105,10 @@ def _build(target: Target, name: str) -> Any:
             def product(pair: jax.Array) -> jax.Array:
                 return jax.jvp(lambda x: slope(x, pair), (x,), (v,))[1]
 
-            return over_draws(product, pairs, at_once).mean(0)
+            return over(product, pairs, at_once).mean(0)
 
         hessian = lax.map(column, jnp.eye(2 * dim, dtype=x.dtype))
-        return Response(hessian, over_draws(lambda pair: slope(x, pair), pairs, at_once))
+        return Response(hessian, over(lambda pair: slope(x, pair), pairs, at_once))
 
     @quick
     def respond(params: Any, info: SolverInfo, response: Response) -> Any:

@@ -1,0 +1,54 @@
+"""A function of many draws: side by side, in blocks, or one by one where side by side is unsafe.
+
+From jaxlib 0.10 on, a batched LAPACK call on a CPU hands its parts to the pool of threads that it
+runs on itself and waits for them there: as many such calls at once as there are threads wait for
+each other for ever. Two batched triangular solves do it on a machine of two cores.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax import lax
+from jax.extend.core import jaxpr_as_fun
+
+LAPACK = ("cholesky", "triangular_solve", "lu", "qr", "geqrf", "geqp3", "householder_product")
+LAPACK += ("eigh", "eig", "svd", "schur", "hessenberg", "tridiagonal")
+"""The primitives that are LAPACK calls on a CPU."""
+
+
+def over(f: Callable[[Any], Any], xs: Any, at_once: int | None = None) -> Any:
+    """f of every row of `xs`, `at_once` of them side by side; all where None."""
+    rows = jax.tree.leaves(xs)[0].shape[0]
+    size = rows if at_once is None else min(at_once, rows)
+    if jax.default_backend() != "cpu":
+        return jax.vmap(f)(xs) if size == rows else lax.map(f, xs, batch_size=size)
+    block = jax.tree.map(lambda leaf: leaf[:size], xs)
+    together, shape = jax.make_jaxpr(jax.vmap(f), return_shape=True)(block)
+    if size == 1 or _is_unsafe(together.jaxpr):
+        return lax.map(f, xs)
+    if size < rows:
+        return lax.map(f, xs, batch_size=size)
+    values = jaxpr_as_fun(together)(*jax.tree.leaves(xs))
+    return jax.tree.unflatten(jax.tree.structure(shape), values)
+
+
+def _is_unsafe(jaxpr: Any) -> bool:
+    """Whether a program makes batched LAPACK calls."""
+    return any(
+        equation.primitive.name in LAPACK and equation.invars[0].aval.ndim > 2
+        for equation in _equations(jaxpr)
+    )
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    """All equations of a program and of the programs inside it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_program):
+            if _is_program(inner):
+                yield from _equations(getattr(inner, "jaxpr", inner))
+
+
+def _is_program(value: Any) -> bool:
+    return hasattr(value, "eqns")
