@@ -72,7 +72,15 @@ from vi_params.params import (
     take_rows,
     unconstrain,
 )
-from vi_params.solvers import Solution, SolverInfo, SolverStatus, linear_response, merge
+from vi_params.solvers import (
+    QuantityResponse,
+    Solution,
+    SolverInfo,
+    SolverStatus,
+    linear_response,
+    merge,
+    quantity_response,
+)
 from vi_params.svi import SVI, Info, Start, State, run, svi
 from vi_params.target import FlatTarget, Minibatch, Target, flat, minibatch, target
 
@@ -96,6 +104,7 @@ __all__ = [
     "Objective",
     "Param",
     "Progress",
+    "QuantityResponse",
     "Solution",
     "SolverInfo",
     "SolverStatus",
@@ -142,6 +151,7 @@ __all__ = [
     "numpyro_guide",
     "objectives",
     "put_rows",
+    "quantity_response",
     "renyi",
     "resample",
     "reweighted_wake_sleep",

@@ -8,12 +8,14 @@ from vi_params.solvers.merge import merge
 from vi_params.solvers.natural_gradient import natural_gradient
 from vi_params.solvers.pathfinder import pathfinder
 from vi_params.solvers.population_monte_carlo import population_monte_carlo
+from vi_params.solvers.quantity_response import QuantityResponse, quantity_response
 from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus
 from vi_params.solvers.svgd import Kernel, Particles, imq, rbf, svgd
 
 __all__ = [
     "Kernel",
     "Particles",
+    "QuantityResponse",
     "Solution",
     "SolverInfo",
     "SolverStatus",
@@ -26,6 +28,7 @@ __all__ = [
     "natural_gradient",
     "pathfinder",
     "population_monte_carlo",
+    "quantity_response",
     "rbf",
     "score_matching",
     "svgd",

@@ -59,14 +59,7 @@ def fixed_draws(log_density: LogDensity, draws: jax.Array, size: int, num_model:
     """
     num_draws, dim = draws.shape
     if not is_dense(dim, num_model):
-        at_once = divisor(num_draws, BLOCK // size)
-
-        def loss(x: jax.Array) -> jax.Array:
-            m, w, theta = split(x, dim)
-            terms = over(lambda e: log_density(m + jnp.exp(w) * e, theta), draws, at_once)
-            return -jnp.mean(terms) - jnp.sum(w)
-
-        return matrix_free(loss)
+        return matrix_free(loss(log_density, draws, divisor(num_draws, BLOCK // size)))
 
     at_once = divisor(num_draws, BLOCK // (size * (dim + num_model)))
 
@@ -97,6 +90,20 @@ def fixed_draws(log_density: LogDensity, draws: jax.Array, size: int, num_model:
         return values.mean() - jnp.sum(w), pairs.mean(0), curvature
 
     return Smooth(expand, lambda curvature, v: curvature.hessian @ v)
+
+
+def loss(
+    log_density: LogDensity, draws: jax.Array, at_once: int | None = None
+) -> Callable[[jax.Array], jax.Array]:
+    """F as a plain function, the log density of `at_once` draws evaluated side by side."""
+    dim = draws.shape[1]
+
+    def at(x: jax.Array) -> jax.Array:
+        m, w, theta = split(x, dim)
+        terms = over(lambda e: log_density(m + jnp.exp(w) * e, theta), draws, at_once)
+        return -jnp.mean(terms) - jnp.sum(w)
+
+    return at
 
 
 def split(x: jax.Array, dim: int) -> tuple[jax.Array, jax.Array, jax.Array]:

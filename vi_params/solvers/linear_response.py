@@ -15,37 +15,47 @@ import jax.numpy as jnp
 from jax import lax
 
 from vi_params._cache import program
-from vi_params._check import explain
 from vi_params._compile import quick
 from vi_params._over import over
 from vi_params.guides import full_rank, mean_field
+from vi_params.guides.low_rank import checked_rank
 from vi_params.objectives.objective import resolve
 from vi_params.params import unconstrain
-from vi_params.solvers.deterministic import Layout, own_name
-from vi_params.solvers.fixed_draws import BLOCK, Response, divisor, split
+from vi_params.solvers.deterministic import Layout
+from vi_params.solvers.fixed_draws import BLOCK, Response, divisor, loss
+from vi_params.solvers.inverse_products import require_mean_field, standard_error
+from vi_params.solvers.low_rank_response import build_low_rank
 from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus
-from vi_params.target import Target, whole
+from vi_params.target import Target, flat, whole
 
 
-def linear_response(target: Target, solution: Solution, data: Any = None) -> Solution:
+def linear_response(
+    target: Target, solution: Solution, data: Any = None, *, rank: int | None = None
+) -> Solution:
     """The Gaussian with the locations of a mean-field solution and linear-response covariances.
 
-    A dense matrix: 2 dim Hessian-vector products and memory for (2 dim)^2 numbers. For a Gaussian
-    target the result is exact. Judge it by k-hat (`vi.diagnose`), not by its ELBO: a mean-field
-    scale is fitted to the ELBO, a covariance by linear response is not.
+    A dense matrix: 2 dim Hessian-vector products and memory for (2 dim)^2 numbers; or, for many
+    latents, `rank` directions and a diagonal, by conjugate gradients. For a Gaussian target the
+    dense result is exact. Judge it by k-hat (`vi.diagnose`), not by its ELBO: a mean-field scale is
+    fitted to the ELBO, a covariance by linear response is not. `vi.quantity_response` gives the
+    covariances of a few functions alone.
 
     Args:
         target: the target that was approximated.
         solution: what `vi.solvers.deterministic` gave for it.
         data: the data of that solution; the target's own where None.
+        rank: None for all covariances; a number for the covariance D (c I + V diag(l) V') D of
+            that many directions V, the ones along which mean-field is most too narrow.
 
     Returns:
-        A `Solution` with a `vi.guides.full_rank` guide. `info.sampling_error` is estimated from how
-        the gradient differs between the antithetic pairs. Where the Hessian is not positive
-        definite, `info.status` is INDEFINITE and the scales are those of mean-field.
+        A `Solution` with a `vi.guides.full_rank` guide (`low_rank` with `rank`).
+        `info.sampling_error` is estimated from how the gradient differs between the antithetic
+        pairs. Where the Hessian is not positive definite, `info.status` is INDEFINITE and the
+        scales are those of mean-field.
 
     Raises:
-        ValueError: the solution is of another family, or has no even number of fixed draws.
+        ValueError: the solution is of another family, or has no even number of fixed draws; a
+            rank not among 1 .. dim.
 
     Example:
         >>> precision = jnp.array([[2.0, 0.9], [0.9, 1.0]])
@@ -58,21 +68,18 @@ def linear_response(target: Target, solution: Solution, data: Any = None) -> Sol
         >>> bool(jnp.allclose(root @ root.T @ precision, jnp.eye(2), atol=1e-3))
         True
     """
-    name = own_name(solution)
-    fixed = len(solution.noise)
-    if set(solution.params[name]) != {"loc", "scale"} or fixed == 0 or fixed % 2:
-        raise ValueError(
-            explain(
-                "Linear response starts from a mean-field solution at antithetic draws.",
-                expected="what vi.solvers.deterministic returns",
-                received=f"parameters {sorted(solution.params[name])}, {len(solution.noise)} draws",
-                where="linear_response",
-            )
-        )
-    guide, expand, respond = program(_build, whole(target), name)
+    name = require_mean_field(solution, "linear_response")
+    target = whole(target)
+    if rank is not None:
+        rank = checked_rank(rank, flat(target).dim, "linear_response")
+        guide, respond = program(build_low_rank, target, name, rank)
+        data = resolve(target, data)
+        params, info = respond(solution.params, solution.info, solution.noise, data)
+        return Solution(guide, params, info, solution.noise)
+    guide, expand, respond = program(_build, target, name)
     response = solution.response
     if response is None:
-        response = expand(solution.params, solution.noise, resolve(whole(target), data))
+        response = expand(solution.params, solution.noise, resolve(target, data))
     params, info = respond(solution.params, solution.info, response)
     return Solution(guide, params, info, solution.noise)
 
@@ -91,12 +98,7 @@ def _build(target: Target, name: str) -> Any:
         at_once = divisor(len(draws) // 2, BLOCK // (2 * layout.size(data)))
 
         def slope(x: jax.Array, pair: jax.Array) -> jax.Array:
-            def loss(x: jax.Array) -> jax.Array:
-                m, w, _ = split(x, dim)
-                terms = jax.vmap(lambda e: log_density(m + jnp.exp(w) * e, theta))(pair)
-                return -jnp.mean(terms) - jnp.sum(w)
-
-            return jax.grad(loss)(x)
+            return jax.grad(loss(lambda u, _: log_density(u, theta), pair))(x)
 
         pairs = draws.reshape(2, -1, dim).swapaxes(0, 1)
         x = x[: 2 * dim]
@@ -125,8 +127,7 @@ def _build(target: Target, name: str) -> Any:
         # The loss is the mean over pairs of independent draws of a pair's own loss.
         scores = unit * response.scores
         moved = (scores - scores.mean(0)) @ location.T
-        error = jnp.sqrt(jnp.mean(moved**2, axis=0) / max(len(scores) - 1, 1))
-        relative = jnp.max(error / jnp.sqrt(jnp.diagonal(covariance)))
+        relative = jnp.max(standard_error(moved) / jnp.sqrt(jnp.diagonal(covariance)))
 
         definite = jnp.all(jnp.isfinite(scale_tril))
         scale_tril = jnp.where(definite, scale[:, None] * scale_tril, jnp.diag(scale))

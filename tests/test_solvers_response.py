@@ -1,0 +1,156 @@
+"""Linear response without the Hessian as a matrix, against closed forms and the dense one."""
+
+import jax
+import jax.experimental
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpyro.distributions import constraints
+
+import vi_params as vi
+
+enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
+
+KEY = jax.random.key(0)
+DIM, FACTORS = 30, 2
+Status = vi.SolverStatus
+
+
+def factor_gaussian():
+    """A Gaussian in 30 dimensions, whose precision is a diagonal minus two directions."""
+    rng = np.random.default_rng(0)
+    units = np.exp(rng.normal(size=DIM))
+    loadings = 2.0 * rng.normal(size=(DIM, FACTORS))
+    covariance = units[:, None] * (np.eye(DIM) + loadings @ loadings.T) * units
+    mean = rng.normal(size=DIM)
+
+    def log_density(values, latents, data):
+        centred = latents["z"] - data["mean"]
+        return -0.5 * centred @ data["precision"] @ centred
+
+    data = {"mean": jnp.asarray(mean), "precision": jnp.asarray(np.linalg.inv(covariance))}
+    return vi.target(log_density, {"z": vi.Latent((DIM,))}, data=data), mean, covariance
+
+
+def counts():
+    """A posterior with a positive latent and two normal ones, not Gaussian."""
+
+    def log_density(values, latents, data):
+        rate, z = latents["rate"], latents["z"]
+        prior = -rate - 0.5 * jnp.sum(z**2)
+        means = rate * jnp.exp(0.3 * z[0] + 0.3 * z[1] * data["x"])
+        return prior + jnp.sum(data["y"] * jnp.log(means) - means)
+
+    latents = {"rate": vi.Latent((), constraints.positive), "z": vi.Latent((2,))}
+    data = {"x": jnp.linspace(-1.0, 1.0, 6), "y": jnp.array([2.0, 4.0, 3.0, 5.0, 6.0, 9.0])}
+    return vi.target(log_density, latents, data=data)
+
+
+def test_the_largest_directions_of_a_gaussian_are_found():
+    """In units of the mean-field scales: the largest eigenvalues and the sum of all."""
+    with enable_x64(True):
+        target, mean, covariance = factor_gaussian()
+        solution = vi.solvers.deterministic(target, KEY)
+        found = vi.linear_response(target, solution, rank=FACTORS)
+        own = vi.constrain(found.guide.declared, found.params)["guide"]
+        scaled = own["scale"][:, None] * own["factor"]
+        approximate = np.diag(own["scale"] ** 2) + scaled @ scaled.T
+        # Compared in units where mean-field is the identity: the eigenvalues of S.
+        unit = np.asarray(vi.constrain(solution.guide.declared, solution.params)["guide"]["scale"])
+        exact = np.linalg.eigvalsh(covariance / unit / unit[:, None])
+        near = np.linalg.eigvalsh(approximate / unit / unit[:, None])
+        np.testing.assert_allclose(own["loc"], mean, atol=1e-5)
+        np.testing.assert_allclose(near[-FACTORS:], exact[-FACTORS:], rtol=1e-2)
+        np.testing.assert_allclose(near.sum(), exact.sum(), rtol=2e-2)
+        assert found.info.status == Status.CONVERGED
+        assert found.info.sampling_error < 1e-3
+
+
+def test_all_directions_are_the_dense_covariance():
+    with enable_x64(True):
+        target, _, covariance = factor_gaussian()
+        solution = vi.solvers.deterministic(target, KEY)
+        found = vi.linear_response(target, solution, rank=DIM)
+        own = vi.constrain(found.guide.declared, found.params)["guide"]
+        scaled = own["scale"][:, None] * own["factor"]
+        approximate = np.diag(own["scale"] ** 2) + scaled @ scaled.T
+        units = np.sqrt(np.diagonal(covariance))
+        np.testing.assert_allclose(
+            approximate / units / units[:, None], covariance / units / units[:, None], atol=5e-3
+        )
+
+
+def test_quantities_of_a_gaussian_are_exact():
+    with enable_x64(True):
+        target, mean, covariance = factor_gaussian()
+        solution = vi.solvers.deterministic(target, KEY)
+        weights = np.random.default_rng(1).normal(size=(2, DIM))
+
+        def quantity(latents):
+            return {"first": weights[0] @ latents["z"], "both": weights @ latents["z"]}
+
+        found = vi.quantity_response(target, solution, quantity)
+        exact = weights @ covariance @ weights.T
+        np.testing.assert_allclose(found.mean["both"], weights @ mean, rtol=1e-4)
+        np.testing.assert_allclose(found.sd["first"], exact[0, 0] ** 0.5, rtol=1e-3)
+        # Flattened: "both" comes before "first".
+        np.testing.assert_allclose(found.covariance[:2, :2], exact, rtol=5e-3)
+        assert found.sampling_error["both"].shape == (2,)
+        assert found.status == Status.CONVERGED
+
+
+def test_quantities_agree_with_the_dense_response():
+    """The locations are quantities too: their covariances are those of the dense Gaussian."""
+    with enable_x64(True):
+        target = counts()
+        solution = vi.solvers.deterministic(target, KEY)
+        dense = vi.linear_response(target, solution)
+        root = vi.constrain(dense.guide.declared, dense.params)["guide"]["scale_tril"]
+
+        def quantity(latents):
+            return jnp.log(latents["rate"]), latents["z"]
+
+        found = vi.quantity_response(target, solution, quantity)
+        np.testing.assert_allclose(found.covariance, root @ root.T, rtol=1e-2, atol=1e-4)
+        larger = jnp.max(jnp.concatenate([jnp.ravel(e) for e in found.sampling_error]))
+        sd = jnp.max(jnp.concatenate([jnp.ravel(e) for e in found.sd]))
+        assert 0 < larger < sd * dense.info.sampling_error * 3
+
+
+def test_it_is_pure():
+    """Under jit and vmap over data."""
+    target = counts()
+
+    @jax.jit
+    @jax.vmap
+    def sds(y):
+        data = {**target.data, "y": y}
+        solution = vi.solvers.deterministic(target, KEY, data)
+        found = vi.quantity_response(target, solution, lambda z: z["rate"], data)
+        low = vi.linear_response(target, solution, data, rank=1)
+        return found.sd, low.info.status
+
+    ys = jnp.stack([target.data["y"], 2 * target.data["y"]])
+    sd, status = sds(ys)
+    assert sd[1] > sd[0] > 0
+    assert list(status) == [Status.CONVERGED, Status.CONVERGED]
+
+
+@pytest.mark.parametrize(
+    ("quantity", "message"),
+    [(lambda z: {}, "floating-point"), (lambda z: z["rate"] > 1.0, "floating-point")],
+)
+def test_a_quantity_has_numbers(quantity, message):
+    target = counts()
+    solution = vi.solvers.deterministic(target, KEY)
+    with pytest.raises(ValueError, match=message):
+        vi.quantity_response(target, solution, quantity)
+
+
+def test_the_rank_is_checked():
+    target = counts()
+    solution = vi.solvers.deterministic(target, KEY)
+    with pytest.raises(ValueError, match="rank"):
+        vi.linear_response(target, solution, rank=4)
+    with pytest.raises(ValueError, match="mean-field"):
+        vi.quantity_response(target, vi.linear_response(target, solution), lambda z: z["rate"])
