@@ -154,3 +154,43 @@ def test_the_rank_is_checked():
         vi.linear_response(target, solution, rank=4)
     with pytest.raises(ValueError, match="mean-field"):
         vi.quantity_response(target, vi.linear_response(target, solution), lambda z: z["rate"])
+
+
+@jax.custom_vjp
+def once_only(x):
+    """A log density with a gradient and no forward derivative."""
+    return -0.5 * jnp.sum((x - 1.0) ** 2 / jnp.array([1.0, 1e-2])) - 0.1 * x[0] * x[1]
+
+
+def _forward(x):
+    return once_only(x), x
+
+
+def _backward(x, cotangent):
+    scaled = (x - 1.0) / jnp.array([1.0, 1e-2])
+    return (-cotangent * (scaled + 0.1 * x[::-1]),)
+
+
+once_only.defvjp(_forward, _backward)
+
+
+def test_densities_without_second_derivatives():
+    """A Gaussian, solved by differences of its gradients, densely and by directions."""
+    with enable_x64(True):
+        target = vi.target(lambda v, z, d: once_only(z["z"]), {"z": vi.Latent((2,))})
+        with pytest.raises(TypeError):
+            jax.hessian(once_only)(jnp.zeros(2))
+        precision = np.array([[1.0, 0.1], [0.1, 100.0]])
+        mean = np.linalg.solve(precision, np.array([1.0, 100.0]))
+        covariance = np.linalg.inv(precision)
+        solution = vi.solvers.deterministic(target, KEY)
+        dense = vi.linear_response(target, solution)
+        root = vi.constrain(dense.guide.declared, dense.params)["guide"]["scale_tril"]
+        np.testing.assert_allclose(root @ root.T, covariance, rtol=1e-3)
+        found = vi.quantity_response(target, solution, lambda z: z["z"])
+        np.testing.assert_allclose(found.mean, mean, rtol=1e-5)
+        np.testing.assert_allclose(found.covariance, covariance, rtol=1e-3)
+        laplace = vi.solvers.laplace(target, KEY)
+        root = vi.constrain(laplace.guide.declared, laplace.params)["guide"]["scale_tril"]
+        np.testing.assert_allclose(root @ root.T, covariance, rtol=1e-3)
+        assert solution.info.status == dense.info.status == laplace.info.status == Status.CONVERGED

@@ -48,6 +48,13 @@ DOUBLINGS = 3
 """How often they are doubled at most."""
 
 
+DENSE = 1000
+"""The largest dimension in which linear response holds every covariance."""
+
+RANK = 64
+"""How many directions it holds above."""
+
+
 class Candidate(NamedTuple):
     """An approximation that was tried.
 
@@ -155,10 +162,10 @@ def _respond(
     target: Target, key: jax.Array, data: Any, lanes: int
 ) -> tuple[Solution, list[Solution]]:
     """The best solution with linear response, and that of every distinct optimum."""
-    num_draws = None
+    num_draws, rank = None, None if flat(target).dim <= DENSE else RANK
     for _ in range(1 + DOUBLINGS):
         solution = deterministic(target, key, data, lanes=lanes, num_draws=num_draws)
-        best = linear_response(target, solution, data)
+        best = linear_response(target, solution, data, rank=rank)
         if not float(best.info.sampling_error) > TOLERABLE:
             break
         num_draws = 2 * len(solution.noise)
@@ -167,7 +174,7 @@ def _respond(
         lane = jax.tree.map(lambda leaf, i=i: leaf[i], solution.lanes)
         info = solution.info._replace(status=solution.info.lane_statuses[i])
         other = solution._replace(params=lane[0], info=info, response=lane[1])
-        modes.append(linear_response(target, other, data))
+        modes.append(linear_response(target, other, data, rank=rank))
     return best, modes
 
 

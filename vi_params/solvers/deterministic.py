@@ -26,7 +26,7 @@ from vi_params.objectives.objective import resolve
 from vi_params.params import constrain, init_params
 from vi_params.params.declare import Declared
 from vi_params.params.maps import abstract_params
-from vi_params.solvers.fixed_draws import Response, fixed_draws, is_dense
+from vi_params.solvers.fixed_draws import Response, fixed_draws, units
 from vi_params.solvers.solution import Solution, SolverInfo
 from vi_params.solvers.trust_region import minimise
 from vi_params.target import Target, flat, whole
@@ -63,6 +63,8 @@ def deterministic(
     Pure in (key, data); under `jax.vmap` take `solution.params` and `solution.info` out, since the
     guide is no array. For full data only: the draws stay the same, and so must the data. Its
     locations are good, its scales are those of mean-field: `vi.linear_response` corrects them.
+    Where the log density has a gradient but no second derivative in JAX, Hessians are differences
+    of gradients.
 
     Args:
         target: what to approximate; its own parameters, if any, are optimised along.
@@ -157,7 +159,7 @@ def _build(
         )
         params = jax.vmap(layout.params)(found.x)
         responses = None
-        if is_dense(layout.dim, layout.num_model):
+        if isinstance(found.curvature, Response):
             hessian, scores = found.curvature
             both = 2 * layout.dim
             responses = Response(hessian[:, :both, :both], scores[:, :, :both])
@@ -196,8 +198,8 @@ class Layout:
         return {**self.unravel(x[2 * self.dim :]), self.name: own}
 
     def units(self, x: jax.Array) -> jax.Array:
-        """The unit of every parameter: a location's is its standard deviation, the others' is 1."""
-        return jnp.ones_like(x).at[: self.dim].set(jnp.exp(x[self.dim : 2 * self.dim]))
+        """The unit of every parameter, of (m, w) alone too."""
+        return units(x, self.dim)
 
     def log_density(self, data: Any) -> Any:
         """`(u, theta) -> scalar`."""

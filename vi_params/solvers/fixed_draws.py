@@ -12,12 +12,13 @@ of l at the draws, g_i and H_i, by the chain rule through A_i = d(z_i, theta)/dx
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from vi_params._over import over
+from vi_params.solvers.curvature import MISSING
 from vi_params.solvers.trust_region import Smooth, matrix_free
 
 DENSE = 32
@@ -58,11 +59,9 @@ def fixed_draws(log_density: LogDensity, draws: jax.Array, size: int, num_model:
         num_model: the length of theta.
     """
     num_draws, dim = draws.shape
-    if not is_dense(dim, num_model):
-        return matrix_free(loss(log_density, draws, divisor(num_draws, BLOCK // size)))
-
     at_once = divisor(num_draws, BLOCK // (size * (dim + num_model)))
 
+    @jax.jit  # traced once, though asked for more than once
     def expand(x: jax.Array) -> tuple[jax.Array, jax.Array, Response]:
         m, w, theta = split(x, dim)
 
@@ -89,7 +88,27 @@ def fixed_draws(log_density: LogDensity, draws: jax.Array, size: int, num_model:
         curvature = Response(hessians.mean(0), pairs)
         return values.mean() - jnp.sum(w), pairs.mean(0), curvature
 
-    return Smooth(expand, lambda curvature, v: curvature.hessian @ v)
+    if is_dense(dim, num_model) and _exists(expand, draws, num_model):
+        return Smooth(expand, lambda curvature, v: curvature.hessian @ v)
+    plain = loss(log_density, draws, divisor(num_draws, BLOCK // size))
+    return matrix_free(plain, lambda x: units(x, dim))
+
+
+def _exists(expand: Callable[[jax.Array], Any], draws: jax.Array, num_model: int) -> bool:
+    """Whether the log density has second derivatives."""
+    size = 2 * draws.shape[1] + num_model
+    try:
+        # JAX raises for some functions only where they are mapped, as they are over lanes.
+        jax.eval_shape(jax.vmap(expand), jax.ShapeDtypeStruct((1, size), draws.dtype))
+    except MISSING:
+        return False
+    return True
+
+
+def units(x: jax.Array, dim: int) -> jax.Array:
+    """The unit of every entry of (m, w, theta): a location's is its standard deviation, the others'
+    is 1."""
+    return jnp.ones_like(x).at[:dim].set(jnp.exp(x[dim : 2 * dim]))
 
 
 def loss(

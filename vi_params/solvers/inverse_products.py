@@ -15,6 +15,7 @@ from jax.scipy.sparse.linalg import cg
 
 from vi_params._check import explain
 from vi_params.guides import mean_field
+from vi_params.solvers.curvature import along
 from vi_params.solvers.deterministic import Layout, own_name
 from vi_params.solvers.fixed_draws import BLOCK, divisor, loss
 from vi_params.solvers.solution import Solution, SolverStatus
@@ -70,7 +71,7 @@ def inverse_products(
     slope = jax.grad(loss(density, draws, at_once))
 
     def product(p: jax.Array) -> jax.Array:
-        return unit * jax.jvp(slope, (x,), (unit * p,))[1]
+        return unit * along(slope, x, unit * p, unit)
 
     def solve_one(b: jax.Array) -> tuple[jax.Array, jax.Array]:
         found, _ = cg(product, b, tol=TOLERANCE, maxiter=CG_STEPS)

@@ -24,6 +24,7 @@ from vi_params.guide import Guide
 from vi_params.guides import full_rank
 from vi_params.guides.starts import start_vector
 from vi_params.params import init_params, unconstrain
+from vi_params.solvers.curvature import along
 from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus
 from vi_params.solvers.start import data_of, first_finite, log_density
 from vi_params.solvers.trust_region import Minimum, matrix_free, minimise
@@ -216,7 +217,7 @@ def _build(
 def dense_hessian(slope: Callable[[jax.Array], jax.Array], u: jax.Array) -> jax.Array:
     """The derivative of a gradient, column by column, shape (dim, dim)."""
     return lax.map(
-        lambda v: jax.jvp(slope, (u,), (v,))[1],
+        lambda v: along(slope, u, v),
         jnp.eye(u.size, dtype=u.dtype),
         batch_size=min(AT_ONCE, u.size),
     )

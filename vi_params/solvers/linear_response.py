@@ -21,6 +21,7 @@ from vi_params.guides import full_rank, mean_field
 from vi_params.guides.low_rank import checked_rank
 from vi_params.objectives.objective import resolve
 from vi_params.params import unconstrain
+from vi_params.solvers.curvature import along
 from vi_params.solvers.deterministic import Layout
 from vi_params.solvers.fixed_draws import BLOCK, Response, divisor, loss
 from vi_params.solvers.inverse_products import require_mean_field, standard_error
@@ -101,11 +102,11 @@ def _build(target: Target, name: str) -> Any:
             return jax.grad(loss(lambda u, _: log_density(u, theta), pair))(x)
 
         pairs = draws.reshape(2, -1, dim).swapaxes(0, 1)
-        x = x[: 2 * dim]
+        x, unit = x[: 2 * dim], layout.units(x)[: 2 * dim]
 
         def column(v: jax.Array) -> jax.Array:
             def product(pair: jax.Array) -> jax.Array:
-                return jax.jvp(lambda x: slope(x, pair), (x,), (v,))[1]
+                return along(lambda x: slope(x, pair), x, v, unit)
 
             return over(product, pairs, at_once).mean(0)
 

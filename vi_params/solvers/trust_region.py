@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from vi_params._tree import all_finite, where_tree
+from vi_params.solvers.curvature import along
 from vi_params.solvers.solution import SolverStatus
 
 RADIUS = 1.0
@@ -37,14 +38,18 @@ class Smooth(NamedTuple):
     product: Callable[[Any, jax.Array], jax.Array]
 
 
-def matrix_free(f: Callable[[jax.Array], jax.Array]) -> Smooth:
-    """f with products by forward over reverse differentiation; its curvature is the point."""
-    slope = jax.value_and_grad(f)
+def matrix_free(
+    f: Callable[[jax.Array], jax.Array], scale: Callable[[jax.Array], jax.Array] = jnp.ones_like
+) -> Smooth:
+    """f with products by differentiation (`along`); its curvature is the point.
 
-    def product(x: jax.Array, v: jax.Array) -> jax.Array:
-        return jax.jvp(jax.grad(f), (x,), (v,))[1]
-
-    return Smooth(lambda x: (*slope(x), x), product)
+    Args:
+        f: a function of a vector.
+        scale: as `minimise` takes it.
+    """
+    slope = jax.grad(f)
+    expand = jax.value_and_grad(f)
+    return Smooth(lambda x: (*expand(x), x), lambda x, v: along(slope, x, v, scale(x)))
 
 
 class Minimum(NamedTuple):
