@@ -98,7 +98,7 @@ ERRORS = {
     "closed-form divergences of a family": (
         lambda: vi.elbo(
             t := vi.from_numpyro(lambda: numpyro.sample("z", dist.Normal())),
-            vi.guides.mean_field(t),
+            vi.guides.full_rank(t),
             estimator=E.analytic_kl(),
         ),
         ValueError,

@@ -75,13 +75,12 @@ def enumerate(*, max_assignments: int = 4096) -> Estimator:
     require_count(max_assignments, "max_assignments", "vi.estimators.enumerate")
 
     def build(problem: Problem) -> Estimate:
-        if problem.guide.sites is None:
-            return pathwise().build(problem)
         sites = guide_sites(problem.target, problem.guide)
         finite = [name for name, site in sites.items() if _is_finite(site)]
         require_reparameterised(problem, "enumerate", besides=finite)
-        if finite:
-            problem = problem._replace(joined=joined_rows(problem))
+        if not finite:
+            return pathwise().build(problem)
+        problem = problem._replace(joined=joined_rows(problem))
 
         def term(params: Any, noise: Any, data: Any, weight: Any = None) -> jax.Array:
             def run(given: Any = None) -> Shares:
@@ -159,7 +158,7 @@ def _choices(
         ]
         rows[name] = {
             plate: axis
-            for plate, axis in (site.plates or {}).items()
+            for plate, axis in site.plates.items()
             if all(plate in plates for plates in shared)
         }
         supports[name] = jnp.ravel(_element(site.distribution).enumerate_support(expand=False))

@@ -20,7 +20,7 @@ from vi_params.estimators.shares import (
     plates_between,
     shares_of,
 )
-from vi_params.matching import guide_sites
+from vi_params.matching import guide_sites, knows_priors, without_gradient
 from vi_params.sites import Term, plates_in_order, spread, sum_onto
 
 
@@ -62,9 +62,10 @@ def mixed(*, baseline: Baseline | None = None) -> Estimator:
     baseline = leave_one_out() if baseline is None else baseline
 
     def build(problem: Problem) -> Estimate:
+        if not without_gradient(problem.target, problem.guide):
+            return pathwise().build(problem)
         if problem.guide.sites is None:
-            whole = pathwise() if problem.guide.is_reparameterised else score(baseline=baseline)
-            return whole.build(problem)
+            return score(baseline=baseline).build(problem)
         return _by_site(problem, baseline, "mixed", analytic=False)
 
     return Estimator("mixed", build)
@@ -103,13 +104,13 @@ def analytic_kl(*, baseline: Baseline | None = None) -> Estimator:
     baseline = leave_one_out() if baseline is None else baseline
 
     def build(problem: Problem) -> Estimate:
-        if problem.guide.sites is None or problem.target.sites is None:
+        if problem.guide.sites is None or not knows_priors(problem.target):
             lacking = "guide" if problem.guide.sites is None else "target"
             raise ValueError(
                 explain(
                     "Closed-form divergences need the distributions of latents and priors.",
-                    expected="a target of vi.from_numpyro, and a guide of vi.guide or "
-                    "vi.numpyro_guide",
+                    expected="a target of vi.from_numpyro, and a guide of vi.guide, "
+                    "vi.numpyro_guide or vi.guides.mean_field",
                     received=f"a {lacking} that is one density",
                     where="vi.elbo, estimator analytic_kl",
                     hint="vi.estimators.closed_form_entropy() for a family, or "
@@ -164,7 +165,7 @@ def _cost(name: str, shares: Shares, depends: Dependence) -> jax.Array:
     """What one choice is answerable for, row by row, broadcasting against its log q."""
     site = shares.guide[name]
     rank = site.log_prob.ndim
-    plates = {plate: axis for plate, axis in (site.plates or {}).items() if -axis <= rank}
+    plates = {plate: axis for plate, axis in site.plates.items() if -axis <= rank}
     rows = plates_in_order(plates)
     cost = jnp.zeros((1,) * rank)
     for key, term in shares.terms.items():

@@ -33,9 +33,13 @@ from vi_params.objectives.pair import (
     path,
     require_reparameterised,
     scored,
+    through_model,
     total,
 )
-from vi_params.objectives.rows import scored_rows
+from vi_params.objectives.row_scores import scored_rows, scored_shared
+from vi_params.objectives.rows import require_reparameterised_shared
+
+DOUBLY = "doubly_reparameterised"
 
 
 class Combination(NamedTuple):
@@ -82,7 +86,7 @@ def importance_weighted(
     """
     estimator = estimator or pathwise()
     require_instance(estimator, Estimator, "vi.estimators.pathwise()", f"{where}, estimator")
-    gradients = {"pathwise": _pathwise, "doubly_reparameterised": _doubly, "vimco": _vimco}
+    gradients = {"pathwise": _pathwise, DOUBLY: _doubly, "vimco": _vimco}
     if estimator.name not in gradients:
         raise ValueError(
             explain(
@@ -98,6 +102,8 @@ def importance_weighted(
         )
     if estimator.name == "vimco":
         _require_several(pair, where)
+        if pair.plate is not None:
+            require_reparameterised_shared(pair, f"{where}, estimator vimco")
     else:
         require_reparameterised(
             pair,
@@ -109,10 +115,14 @@ def importance_weighted(
     def evaluate(params: Any, noise: Any, data: Any) -> tuple[jax.Array, WeightAux]:
         values, log_weights = gradient(pair, combination, params, noise, data)
         # With weights row by row the bound is the sum over rows, those of a batch N / B times.
-        count = 1 if pair.plate is None else pair.target.plates[pair.plate]
-        value = count * jnp.mean(values)
+        count, shared = 1, jnp.zeros(())
+        if pair.plate is not None:
+            count, landing = pair.target.plates[pair.plate], estimator.name == DOUBLY
+            shared = jnp.mean(scored_shared(pair, params, noise, data, landing=landing))
+        value = count * jnp.mean(values) + shared
         aux = weight_aux(value, log_weights)
-        return combination.measure.sign * value, aux._replace(elbo=count * aux.elbo)
+        elbo = count * aux.elbo + stop_gradient(shared)
+        return combination.measure.sign * value, aux._replace(elbo=elbo)
 
     return objective(
         pair.declared,
@@ -162,10 +172,10 @@ def _doubly(pair: Pair, combination: Combination, params: Any, noise: Any, data:
     along = _scored(pair, path, params, noise, data).log_weight
     log_weights = stop_gradient(along)
     surrogate = weighted_sum(jax.vmap(combination.path_weights)(log_weights), along)
-    if pair.target.declared:
+    if pair.target.declared or pair.plate is not None:
         slopes = jax.vmap(jax.grad(combination.value))(log_weights)
-        fixed = _scored(pair, at_fixed_draws, params, noise, data)
-        surrogate += weighted_sum(slopes, fixed.log_density)
+        model = _scored(pair, through_model, params, noise, data)
+        surrogate += weighted_sum(slopes, model.log_weight)
     value = jax.vmap(combination.value)(log_weights)
     return with_gradient_of(value, surrogate), log_weights
 

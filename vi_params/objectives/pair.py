@@ -6,7 +6,8 @@ is a function, a route:
 
 - `total`: through the draw, the target and log q;
 - `path`: through the draw alone, every parameter held fixed;
-- `at_fixed_draws`: through the target and log q, the draw held fixed.
+- `at_fixed_draws`: through the target and log q, the draw held fixed;
+- `through_model`: through the target's parameters alone.
 """
 
 from collections.abc import Callable
@@ -60,6 +61,12 @@ class Pair(NamedTuple):
     noise: Callable[[jax.Array], Any]
     batch_size: int | None
     plate: str | None = None
+
+    @property
+    def local(self) -> list[str]:
+        """The latents of the rows that have weights of their own."""
+        latents = self.target.latents
+        return [name for name, x in latents.items() if self.plate and self.plate in x.plates]
 
 
 Route = Callable[[Pair, Any, Any, Any], Scored]
@@ -146,6 +153,13 @@ def at_fixed_draws(pair: Pair, params: Any, noise: Any, data: Any) -> Scored:
     """The scores of one draw, differentiable in the parameters with the draw held fixed."""
     draw = pair.guide.transform(params, noise, data)
     return _score(pair, params, jax.lax.stop_gradient(draw), data)
+
+
+def through_model(pair: Pair, params: Any, noise: Any, data: Any) -> Scored:
+    """The scores of one draw, differentiable in the model's own parameters alone."""
+    draw = jax.lax.stop_gradient(pair.guide.transform(params, noise, data))
+    log_density = pair.target.log_density(model_values(pair, params), draw.latents, data)
+    return Scored(log_density, draw.log_prob)
 
 
 def scored(pair: Pair, route: Route, params: Any, noise: Any, data: Any) -> Scored:
