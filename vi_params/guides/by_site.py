@@ -46,7 +46,7 @@ def sites_of_normals(
                 z, middle = given[name], []
             else:
                 z, middle = _draw(q, loc + scale * e)
-            log_q = q.log_prob(z, middle) if middle else q.log_prob(z)
+            log_q = jnp.asarray(q.log_prob(z, middle) if middle else q.log_prob(z))
             axes = plate_axes(latent.plates, jnp.ndim(log_q))
             weight = row_scale(latent.plates, jnp.shape(z), target.plates)
             found[name] = Site(z, log_q, q, axes, weight)
