@@ -11,9 +11,12 @@ is estimated
 - `vimco`: by sum_k (B - B_k) d log q(z_k) + a_k d log w_k, both at fixed draws, with B_k the value
   where log w_k is replaced by the average of the others (Mnih and Rezende, 2016, eq. 10).
 
-All three have the gradient of a model's own parameters from sum_k a_k d log p(x, z_k; theta).
+All three have the gradient of a model's own parameters from sum_k a_k d log p(x, z_k; theta), where
+B is a lower bound of the evidence. Divergences and upper bounds are minimised by the guide alone,
+and the model ascends the bound log(1/K sum_k w_k) of the same draws, as in reweighted wake-sleep.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -113,6 +116,9 @@ def importance_weighted(
     gradient = gradients[estimator.name]
 
     def evaluate(params: Any, noise: Any, data: Any) -> tuple[jax.Array, WeightAux]:
+        model = jnp.zeros(())
+        if combination.measure.sign > 0:  # no lower bound of the evidence
+            params, model = model_apart(pair, params, noise, data)
         values, log_weights = gradient(pair, combination, params, noise, data)
         # With weights row by row the bound is the sum over rows, those of a batch N / B times.
         count, shared = 1, jnp.zeros(())
@@ -122,7 +128,7 @@ def importance_weighted(
         value = count * jnp.mean(values) + shared
         aux = weight_aux(value, log_weights)
         elbo = count * aux.elbo + stop_gradient(shared)
-        return combination.measure.sign * value, aux._replace(elbo=elbo)
+        return combination.measure.sign * value + model, aux._replace(elbo=elbo)
 
     return objective(
         pair.declared,
@@ -133,6 +139,27 @@ def importance_weighted(
         pair.guide,
         combination.measure,
     )
+
+
+def model_apart(pair: Pair, params: Any, noise: Any, data: Any) -> tuple[Any, jax.Array]:
+    """What lets a model learn beside a loss that says nothing of its evidence.
+
+    Returns:
+        The parameters with the model's own held fixed, and a zero whose gradient in these is that
+        of minus the importance-weighted bound at the same draws.
+    """
+    own = pair.target.declared
+    if not own:
+        return params, jnp.zeros(())
+    held = {**params, **stop_gradient({name: params[name] for name in own})}
+    loss = -jnp.mean(model_bound(scored(pair, through_model, params, noise, data)))
+    return held, loss - stop_gradient(loss)
+
+
+def model_bound(draws: Scored) -> jax.Array:
+    """log(1/K sum_k w_k) of every particle, differentiable through the target alone."""
+    log_weights = draws.log_density - stop_gradient(draws.log_prob)
+    return logsumexp(log_weights, axis=1) - math.log(log_weights.shape[1])
 
 
 def weight_aux(value: jax.Array, log_weights: jax.Array) -> WeightAux:

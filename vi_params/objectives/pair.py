@@ -197,17 +197,33 @@ def require_reparameterised(pair: Pair, where: str, hint: str) -> None:
         )
 
 
+def require_apart(fitted: Pair, where: str) -> None:
+    """Raises where model and guide, which descend on losses of their own, share a parameter."""
+    shared = [name for name in fitted.target.declared if name in fitted.guide.declared]
+    if shared:
+        raise ValueError(
+            explain(
+                "A parameter of both model and guide cannot follow two losses.",
+                expected="parameters of the model or of the guide",
+                received=f"both have {shared}",
+                where=where,
+                hint="the model ascends the importance-weighted bound, the guide descends this "
+                "objective; vi.elbo and vi.iwae are one loss for both",
+            )
+        )
+
+
 def require_no_parameters(fitted: Pair, where: str) -> None:
-    """Raises where the model has parameters: a divergence from its posterior says nothing of its
-    evidence."""
+    """Raises where the model has parameters: a divergence of scores from its posterior says nothing
+    of its evidence."""
     if fitted.target.declared:
         raise ValueError(
             explain(
-                "A divergence from the posterior cannot train a model's own parameters.",
+                "A divergence of scores says nothing of how likely the data are under the model.",
                 expected="a target without declared parameters",
                 received=f"parameters {list(fitted.target.declared)}",
                 where=where,
-                hint="vi.elbo, vi.iwae or vi.reweighted_wake_sleep train both",
+                hint="vi.elbo, vi.iwae or vi.reweighted_wake_sleep train model and guide",
             )
         )
 
