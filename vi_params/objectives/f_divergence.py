@@ -65,7 +65,8 @@ def f_divergence(
         num_particles: how many such estimates are averaged.
         estimator: `vi.estimators.pathwise()` (the default), `doubly_reparameterised()`, or
             `vimco()` for guides that are not reparameterised.
-        noise: how the draws depend on each other: `vi.noise.iid()` (the default), ...
+        noise: how the draws depend on each other: `vi.noise.iid()` (the default), or with the
+            pathwise gradient others, whose bound is another one.
         batch_size: how many draws are evaluated at once; all where None.
 
     Returns:

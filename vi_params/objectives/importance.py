@@ -103,6 +103,8 @@ def importance_weighted(
                 else None,
             )
         )
+    if estimator.name != "pathwise" and pair.num_importance > 1:
+        _require_independent(pair, f"{where}, estimator {estimator.name}")
     if estimator.name == "vimco":
         _require_several(pair, where)
         if pair.plate is not None:
@@ -224,13 +226,26 @@ def _vimco(pair: Pair, combination: Combination, params: Any, noise: Any, data: 
 
 
 def _require_several(pair: Pair, where: str) -> None:
-    num = jax.tree.leaves(jax.eval_shape(pair.noise, jax.random.key(0)))[0].shape[1]
-    if num < 2:
+    if pair.num_importance < 2:
         raise ValueError(
             explain(
                 "VIMCO compares each draw with the others.",
                 expected="num_importance >= 2",
-                received=str(num),
+                received=str(pair.num_importance),
                 where=f"{where}, estimator vimco",
+            )
+        )
+
+
+def _require_independent(pair: Pair, where: str) -> None:
+    """Raises where a draw depends on the others: both gradients average over it given them."""
+    if not pair.scheme.is_iid:
+        raise ValueError(
+            explain(
+                "This gradient is biased where draws depend on each other.",
+                expected="vi.noise.iid()",
+                received=f"vi.noise.{pair.scheme.name}()",
+                where=where,
+                hint="vi.estimators.pathwise() takes any noise",
             )
         )

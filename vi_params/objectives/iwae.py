@@ -54,7 +54,8 @@ def iwae(
             of whole draws.
         estimator: `vi.estimators.pathwise()` (the default), `doubly_reparameterised()`, or
             `vimco()` for guides that are not reparameterised.
-        noise: how the draws depend on each other: `vi.noise.iid()` (the default), ...
+        noise: how the draws depend on each other: `vi.noise.iid()` (the default), or with the
+            pathwise gradient others, whose bound is another one.
         batch_size: how many draws are evaluated at once; all where None.
 
     Returns:

@@ -50,6 +50,8 @@ class Pair(NamedTuple):
         declared: the parameters of both.
         data: the data of both.
         noise: `key -> noise`, leading axes `(num_particles, num_importance)`.
+        num_importance: how many draws share a weight's normaliser.
+        scheme: how the draws depend on each other.
         batch_size: how many draws are evaluated at once; all where None.
         plate: the plate whose rows have weights of their own; None for weights of whole draws.
     """
@@ -59,6 +61,8 @@ class Pair(NamedTuple):
     declared: dict[str, Any]
     data: Any
     noise: Callable[[jax.Array], Any]
+    num_importance: int
+    scheme: Noise
     batch_size: int | None
     plate: str | None = None
 
@@ -128,7 +132,8 @@ def pair(
         return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), flat)
 
     jax.eval_shape(draw_noise, abstract_key())
-    return Pair(target, guide, declared, joint_data(target, guide), draw_noise, batch_size)
+    data = joint_data(target, guide)
+    return Pair(target, guide, declared, data, draw_noise, num_importance, scheme, batch_size)
 
 
 def model_values(pair: Pair, params: Any) -> dict[str, Any]:
