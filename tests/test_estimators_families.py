@@ -83,6 +83,40 @@ def test_closed_form_divergences_of_a_family():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), found, expected)
 
 
+def test_entropies_of_a_program():
+    """Where every site's entropy is known the bound has their sum, each given the sites before it:
+    its gradient is that of the exact ELBO of two normals in a chain, within four standard errors,
+    and the loss varies less than with sampled entropies."""
+
+    def model():
+        a = numpyro.sample("a", dist.Normal(0.0, 1.0))
+        with numpyro.plate("rows", 2):
+            numpyro.sample("b", dist.Normal(a, 1.0))
+
+    def program(v):
+        a = numpyro.sample("a", dist.Normal(v["loc"], 0.5))
+        with numpyro.plate("rows", 2):
+            numpyro.sample("b", dist.Normal(v["slope"] * a, jnp.exp(v["width"])))
+
+    def exact(p):  # up to a constant
+        second = p["loc"] ** 2 + 0.25
+        gap = (1 - p["slope"]) ** 2 * second + jnp.exp(2 * p["width"])
+        return -0.5 * second - gap + 2 * p["width"]
+
+    guide = vi.numpyro_guide(program, declared={"loc": 0.4, "slope": 0.3, "width": -0.5})
+    params = vi.init_params(guide.declared, jax.random.key(0))
+    keys, spread = jax.random.split(jax.random.key(1), 20_000), {}
+    for estimator in (E.closed_form_entropy(), E.pathwise()):
+        objective = vi.elbo(vi.from_numpyro(model), guide, estimator=estimator)
+        both = jax.value_and_grad(lambda p, key, o=objective: -o.loss(p, key)[0])
+        values, slopes = jax.jit(jax.vmap(both, in_axes=(None, 0)))(params, keys)
+        spread[estimator.name] = np.std(values)
+        for leaf, truth in jax.grad(exact)(params).items():
+            draws = np.asarray(slopes[leaf], np.float64)
+            assert abs(draws.mean() - truth) < 4 * draws.std() / np.sqrt(len(keys)) + 1e-5
+    assert spread["closed_form_entropy"] < spread["pathwise"]
+
+
 def labels(y):
     """Rows of two known components."""
     with numpyro.plate("rows", 4, subsample_size=2):
