@@ -55,8 +55,8 @@ def enumerate(*, max_assignments: int = 4096, baseline: Baseline | None = None) 
 
     It is exact where all latents are finite. The rows of a plate are summed side by side, at the
     cost of one row, as long as no term of the bound joins them; whatever is in no plate is summed
-    jointly, at a cost that grows exponentially. A finite latent that the guide draws a scored one
-    after is scored itself. The sum is over the guide's choices: for latents of the model that the
+    jointly, at a cost that grows exponentially. A finite latent that a scored one follows in the
+    guide is scored itself. The sum is over the guide's choices: for latents of the model that the
     guide does not have, sum them out in the model.
 
     Args:
@@ -84,7 +84,6 @@ def enumerate(*, max_assignments: int = 4096, baseline: Baseline | None = None) 
         0.0872
     """
     require_count(max_assignments, "max_assignments", "vi.estimators.enumerate")
-
     baseline = leave_one_out() if baseline is None else baseline
 
     def build(problem: Problem) -> Estimate:
