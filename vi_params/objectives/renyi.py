@@ -112,9 +112,9 @@ def cubo(
     with equality where q is the posterior. Minimising it minimises the chi^n divergence from the
     posterior to the guide, which covers the posterior's mass. It is Renyi's bound of order 1 - n,
     and like that one its estimate from K draws is too low: it falls on where no draw meets the
-    posterior, the sooner the more latents there are. Begin at a fit of the ELBO, with many draws, and
-    look at `aux.ess`. A model's own parameters, whose evidence
-    must not be lowered, ascend the IWAE bound of the same draws.
+    posterior, the sooner the more latents there are. Begin at a fit of the ELBO, with many draws. A
+    model's own parameters, whose evidence must not be lowered, ascend the IWAE bound of the same
+    draws.
 
     Dieng, Tran, Ranganath, Paisley and Blei (2017), Variational inference via chi upper bound
     minimization, eq. 3. (They descend exp(n CUBO_n), which is unbiased and overflows.)
