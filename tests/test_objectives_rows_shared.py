@@ -207,6 +207,38 @@ def test_one_draw_is_the_elbo_at_the_same_draws(estimator):
         )
 
 
+def crossed(y):
+    """Traits of users and of items, and what every user says of every item."""
+    users, items = numpyro.plate("users", 3, dim=-2), numpyro.plate("items", 2, dim=-1)
+    with users:
+        a = numpyro.sample("a", dist.Normal(0.0, 1.0))
+    with items:
+        b = numpyro.sample("b", dist.Normal(jnp.zeros(2), 1.0).to_event(1))
+    with users, items:
+        numpyro.sample("y", dist.Normal(a + b.sum(-1), 0.5), obs=y)
+
+
+def test_crossed_plates():
+    """Of two crossed plates either may be the rows, the other's latents are then shared: L_1 is the
+    ELBO in both ways, and L_20 above it."""
+    target = vi.from_numpyro(crossed, jnp.arange(6.0).reshape(3, 2) / 3)
+    guide = vi.guides.mean_field(target, init_scale=0.7)
+    elbo = vi.elbo(target, guide, num_particles=200)
+    params = vi.init_params(elbo.declared, jax.random.key(0))
+
+    def loss(objective):
+        return jax.jit(lambda p: objective.loss(p, jax.random.key(1))[0])(params)
+
+    expected = loss(elbo)
+    for plate in ("users", "items"):
+        one, many = (
+            loss(vi.iwae(target, guide, num_importance=num, num_particles=200, plate=plate))
+            for num in (1, 20)
+        )
+        np.testing.assert_allclose(one, expected, rtol=1e-5)
+        assert many < expected - 1.0
+
+
 def tied(y):
     """Every row sees all latents of rows."""
     with numpyro.plate("rows", 2):
