@@ -6,7 +6,7 @@ import numpyro
 import pytest
 from numpyro import distributions as dist
 from numpyro.distributions import constraints
-from numpyro.infer.autoguide import AutoDelta
+from numpyro.infer.autoguide import AutoDelta, AutoIAFNormal
 
 import vi_params as vi
 
@@ -23,6 +23,10 @@ def pair(**distributions):
     """A target of a count and twenty bits, and a guide for it."""
     q = {"k": dist.Poisson(2.0), "b": dist.Bernoulli(0.4 * jnp.ones(20))} | distributions
     return vi.from_numpyro(model), vi.guide({"unused": 0.0}, lambda v: q)
+
+
+def normal_model():
+    numpyro.sample("z", dist.Normal(jnp.zeros(3), 1.0).to_event(1))
 
 
 def normal():
@@ -54,10 +58,10 @@ ERRORS = {
         ValueError,
         ["BernoulliLogits at 'b'", "vi.estimators.enumerate() the exact sum"],
     ),
-    "the sum over an infinite support": (
-        lambda: build(E.enumerate()),
+    "one draw of an infinite support beside sums": (
+        lambda: build(E.enumerate(), particles=1),
         ValueError,
-        ["Poisson at 'k'", "estimator enumerate", "vi.estimators.mixed()"],
+        ["num_particles >= 2", "estimator enumerate", "enumerate(baseline="],
     ),
     "too many joint values": (
         lambda: vi.elbo(*bits(), estimator=E.enumerate()),
@@ -95,10 +99,19 @@ ERRORS = {
         ValueError,
         ["point mass has no score"],
     ),
+    "the closed-form entropy of a flow": (
+        lambda: vi.elbo(
+            vi.from_numpyro(normal_model),
+            vi.numpyro_guide(AutoIAFNormal(normal_model)),
+            estimator=E.closed_form_entropy(),
+        ),
+        ValueError,
+        ["not known in closed form", "TransformedDistribution at '_auto_latent'", "pathwise()"],
+    ),
     "closed-form divergences of a family": (
         lambda: vi.elbo(
             t := vi.from_numpyro(lambda: numpyro.sample("z", dist.Normal())),
-            vi.guides.mean_field(t),
+            vi.guides.full_rank(t),
             estimator=E.analytic_kl(),
         ),
         ValueError,

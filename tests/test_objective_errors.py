@@ -126,9 +126,12 @@ ERRORS = {
         ["outside the target's support", "IntegerNonnegative", "latent 'tau'"],
     ),
     "an entropy that is not known": (
-        lambda: build(good, estimator=vi.estimators.closed_form_entropy()),
+        lambda: build(
+            lambda v: good(v) | {"tau": dist.HalfNormal(1.0)},
+            estimator=vi.estimators.closed_form_entropy(),
+        ),
         ValueError,
-        ["entropy", "Gaussian family", "closed_form_entropy", "pathwise()"],
+        ["entropy", "Gaussian family", "HalfNormal at 'tau'", "closed_form_entropy", "pathwise()"],
     ),
     "no distribution": (
         lambda: build(lambda v: {"z": jnp.zeros(2)}),

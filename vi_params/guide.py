@@ -16,7 +16,7 @@ from vi_params.noise import Noise
 from vi_params.params import constrain
 from vi_params.params.declare import Declared, normalise
 from vi_params.params.rows import rows_at
-from vi_params.sites import Site
+from vi_params.sites import Site, plate_axes
 
 
 class Draw(NamedTuple):
@@ -53,7 +53,7 @@ class Guide(NamedTuple):
             distributions, for hand-written guides; None for families, which follow their target.
         sites: `(params, one particle's noise, data=None, given={}) -> mapping` of its `Site`s,
             drawn as by `transform` except for those `given`; no gradient flows through draws that
-            are not reparameterised. None for families, which are.
+            are not reparameterised. None for families that tie their latents together.
         data: arrays that the guide takes beside the target's.
         is_point: whether all mass is in one point, so that there is no density to judge.
         is_reparameterised: whether draws have a gradient with respect to the parameters, as far as
@@ -188,7 +188,10 @@ def _guide(
         given, found = given or {}, {}
         for name, d in distributions(params, data).items():
             x = given[name] if name in given else _sample(d, fold_in_name(noise, name))
-            found[name] = Site(x, jnp.asarray(d.log_prob(x)), d, None)
+            log_q = jnp.asarray(d.log_prob(x))
+            axes = plate_axes(plates.get(name, ()), log_q.ndim)
+            scale = row_scale(plates.get(name, ()), jnp.shape(x), sizes)
+            found[name] = Site(x, log_q, d, axes, scale)
         return found
 
     def log_prob(params: Any, latents: Any, data: Any = None) -> jax.Array:

@@ -5,14 +5,13 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from numpyro.distributions import constraints
 
 from vi_params._check import explain, require_names
 from vi_params._tree import abstract_key, fold_in_name, is_traced, merge
 from vi_params.batches.batch import Batch
 from vi_params.guide import SINGLE, Draw, Guide
-from vi_params.params import Latent, init_params
-from vi_params.params.declare import bijector, constraint_name
+from vi_params.params import Latent, constrain, init_params
+from vi_params.params.declare import bijector, constraint_name, is_unbounded
 from vi_params.params.maps import abstract_params
 from vi_params.params.rows import plates_of
 from vi_params.sites import Site, is_point_mass
@@ -125,7 +124,7 @@ def joint_data(target: Target, guide: Guide) -> Any:
 
 
 def guide_sites(target: Target, guide: Guide) -> dict[str, Site]:
-    """The sites of a hand-written guide, for what is static in them; empty for a family."""
+    """The sites of a guide, for what is static in them; empty where it is not known by sites."""
     found: dict[str, Site] = {}
     sites = guide.sites
     if sites is not None:
@@ -137,6 +136,21 @@ def guide_sites(target: Target, guide: Guide) -> dict[str, Site]:
         params = abstract_params(joint_declared(target, guide))
         jax.eval_shape(look, params, abstract_key(), joint_data(target, guide))
     return found
+
+
+def knows_priors(target: Target) -> bool:
+    """Whether the target tells the distribution of each latent from the rest of its density."""
+    sites = target.sites
+    if sites is None:
+        return False
+    found: dict[str, Site] = {}
+
+    def look(params: Any, latents: Any, data: Any) -> None:
+        found.update(sites(constrain(target.declared, params), latents, data))
+
+    latents = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in target.latents.items()}
+    jax.eval_shape(look, abstract_params(target.declared), latents, target.data)
+    return all(name in found for name in target.latents)
 
 
 def without_gradient(target: Target, guide: Guide) -> tuple[str, ...]:
@@ -241,7 +255,4 @@ def _outside(name: str, target: Target, received: str) -> ValueError:
 
 def _is_everything(latent: Latent) -> bool:
     """Whether every real array of the latent's shape is in its support (or the model decides)."""
-    support = latent.support
-    while (base := getattr(support, "base_constraint", None)) is not None:
-        support = base
-    return latent.is_dynamic or isinstance(support, type(constraints.real))
+    return latent.is_dynamic or is_unbounded(latent.support)

@@ -21,9 +21,8 @@ class Site(NamedTuple):
     Attributes:
         value: what was drawn or observed.
         log_prob: its log density under `distribution`, not summed over the batch shape, not scaled.
-        distribution: the numpyro distribution; None where the site is no more than a number.
-        plates: plate -> the negative axis of `log_prob` that indexes it; None where that is for
-            the target to say (a guide from distributions, whose batch elements are independent).
+        distribution: the numpyro distribution; None for a part of a plain density.
+        plates: plate -> the negative axis of `log_prob` that indexes it.
         scale: what the log density is multiplied by, a number or an array.
         is_observed: whether the value is data.
     """
@@ -31,7 +30,7 @@ class Site(NamedTuple):
     value: Any
     log_prob: jax.Array
     distribution: Any
-    plates: Mapping[str, int] | None
+    plates: Mapping[str, int]
     scale: Any = 1.0
     is_observed: bool = False
 
@@ -58,6 +57,14 @@ def is_point_mass(distribution: Any) -> bool:
     while (base := getattr(distribution, "base_dist", None)) is not None:
         distribution = base
     return isinstance(distribution, dist.Delta)
+
+
+def plate_axes(plates: Sequence[str | None], rank: int) -> dict[str, int]:
+    """Plate -> negative axis of a log density of that rank, from the plates of its value's leading
+    axes; without those that lie in the value's event."""
+    return {
+        plate: axis - rank for axis, plate in enumerate(plates) if plate is not None and axis < rank
+    }
 
 
 def plates_in_order(plates: Mapping[str, int]) -> list[str]:

@@ -1,7 +1,7 @@
-"""The exact expectation over the finite choices of a guide."""
+"""The exact expectation over the finite choices of a guide, beside scores of the others."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,18 +10,27 @@ import numpy as np
 from numpyro import distributions as dist
 
 from vi_params._check import explain, require_count
-from vi_params.estimators.estimator import (
-    Estimate,
-    Estimator,
-    Problem,
-    abstract_term,
-    mean_of_terms,
-    require_reparameterised,
+from vi_params.estimators.baselines import (
+    Baseline,
+    Scored,
+    leave_one_out,
+    no_baseline,
+    require_comparable,
 )
-from vi_params.estimators.pathwise import pathwise
+from vi_params.estimators.costs import scored_by_costs
+from vi_params.estimators.estimator import Estimate, Estimator, Problem, abstract_term
+from vi_params.estimators.mixed import mixed
 from vi_params.estimators.rows import joined_rows
-from vi_params.estimators.shares import Dependence, Shares, dependence, plates_between, shares_of
-from vi_params.matching import guide_sites
+from vi_params.estimators.score import scoring
+from vi_params.estimators.shares import (
+    Dependence,
+    Key,
+    Shares,
+    dependence,
+    plates_between,
+    shares_of,
+)
+from vi_params.matching import guide_sites, without_gradient
 from vi_params.sites import Site, Term, plates_in_order, spread, sum_onto
 
 
@@ -38,26 +47,28 @@ class Choice(NamedTuple):
     rows: Mapping[str, int]
 
 
-def enumerate(*, max_assignments: int = 4096) -> Estimator:
-    """The sum over all values of the guide's finite latents, weighted by their probabilities; the
-    pathwise gradient for the others:
+def enumerate(*, max_assignments: int = 4096, baseline: Baseline | None = None) -> Estimator:
+    """The sum over all values of the guide's finite latents, weighted by their probabilities; for
+    the others the pathwise gradient, or where there is none the score function as in `mixed`:
 
-        ELBO = E_path [ sum_k q(k) (log p(x, z, k) - log q(z, k)) ].
+        ELBO = E [ sum_k q(k | z) (log p(x, z, k) - log q(z, k)) ].
 
     It is exact where all latents are finite. The rows of a plate are summed side by side, at the
     cost of one row, as long as no term of the bound joins them; whatever is in no plate is summed
-    jointly, at a cost that grows exponentially. The sum is over the guide's choices: for latents of
-    the model that the guide does not have, sum them out in the model.
+    jointly, at a cost that grows exponentially. A finite latent that a scored one follows in the
+    guide is scored itself. The sum is over the guide's choices: for latents of the model that the
+    guide does not have, sum them out in the model.
 
     Args:
         max_assignments: how many joint values are evaluated at most.
+        baseline: as in `score`; it is asked for only where a latent is scored.
 
     Returns:
-        An `Estimator`. For a family it is `pathwise`.
+        An `Estimator`. Where nothing is finite it is `mixed`.
 
     Raises:
-        ValueError: when built into an objective: a latent that is neither finite nor
-            reparameterised, or too many joint values; the message names the site.
+        ValueError: when built into an objective: too many joint values, the message names the
+            sites; a leave-one-out baseline with one particle where a latent is scored.
 
     Example:
         >>> import numpyro.distributions as dist
@@ -73,40 +84,49 @@ def enumerate(*, max_assignments: int = 4096) -> Estimator:
         0.0872
     """
     require_count(max_assignments, "max_assignments", "vi.estimators.enumerate")
+    baseline = leave_one_out() if baseline is None else baseline
 
     def build(problem: Problem) -> Estimate:
-        if problem.guide.sites is None:
-            return pathwise().build(problem)
         sites = guide_sites(problem.target, problem.guide)
         finite = [name for name, site in sites.items() if _is_finite(site)]
-        require_reparameterised(problem, "enumerate", besides=finite)
-        if finite:
-            problem = problem._replace(joined=joined_rows(problem))
+        if not finite:
+            return mixed(baseline=baseline).build(problem)
+        stuck = [n for n in without_gradient(problem.target, problem.guide) if n not in finite]
+        if stuck:
+            require_comparable(baseline, problem.num_particles, problem.noise, "enumerate")
+        problem = problem._replace(joined=joined_rows(problem))
 
-        def term(params: Any, noise: Any, data: Any, weight: Any = None) -> jax.Array:
+        def term(params: Any, noise: Any, data: Any, weight: Any = None) -> Scored:
             def run(given: Any = None) -> Shares:
                 return shares_of(problem, params, noise, data, weight, given)
 
             drawn = run()
             depends = dependence(run, drawn.guide)
-            choices = _choices(finite, drawn, depends, max_assignments)
-            return _expectation(run, choices, depends)
+            first = frozenset().union(*(depends.above[name] for name in stuck))
+            summed = [name for name in finite if name not in first]
+            choices = _choices(summed, drawn, depends, max_assignments)
+            found = drawn._replace(terms=_expected_terms(run, choices, depends))
+            scored = [*stuck, *(name for name in finite if name in first)]
+            return scored_by_costs(found, depends, scored)
 
         abstract_term(problem, term)  # too many joint values are refused now
-        return Estimate(term, mean_of_terms)
+        return scoring(problem, term, baseline if stuck else no_baseline())
 
     return Estimator("enumerate", build)
 
 
-def _expectation(run: Any, choices: Mapping[str, Choice], depends: Dependence) -> jax.Array:
-    """The sum of the terms, each averaged over the choices that it depends on."""
+def _expected_terms(
+    run: Callable[..., Shares], choices: Mapping[str, Choice], depends: Dependence
+) -> dict[Key, Term]:
+    """The terms, each averaged over the choices that it depends on."""
     counts = [len(choice.table) for choice in choices.values()]
     grid = np.indices(counts).reshape(len(counts), math.prod(counts)).T
+    plates: dict[Key, Mapping[str, int]] = {}
 
-    def at(index: jax.Array) -> jax.Array:
+    def at(index: jax.Array) -> dict[Key, jax.Array]:
         place = dict(zip(choices, index, strict=True))
         found = run({name: choice.table[place[name]] for name, choice in choices.items()})
-        total = jnp.zeros(())
+        shares = {}
         for key, term in found.terms.items():
             concerned = [name for name in choices if name in depends.terms[key]]
             weight = jnp.ones(())
@@ -115,10 +135,12 @@ def _expectation(run: Any, choices: Mapping[str, Choice], depends: Dependence) -
             # Of the choices that the term does not depend on, the first value stands for all.
             others = [place[name] == 0 for name in choices if name not in concerned]
             counts_here = jnp.all(jnp.array(others)) if others else True
-            total = total + jnp.where(counts_here, jnp.sum(weight * term.value), 0.0)
-        return total
+            shares[key] = jnp.where(counts_here, weight * term.value, 0.0)
+            plates[key] = term.plates
+        return shares
 
-    return jnp.sum(jax.vmap(at)(jnp.asarray(grid)))
+    shares = jax.vmap(at)(jnp.asarray(grid))
+    return {key: Term(jnp.sum(share, axis=0), plates[key]) for key, share in shares.items()}
 
 
 def _probability(site: Site, choice: Choice, term: Term) -> jax.Array:
@@ -159,7 +181,7 @@ def _choices(
         ]
         rows[name] = {
             plate: axis
-            for plate, axis in (site.plates or {}).items()
+            for plate, axis in site.plates.items()
             if all(plate in plates for plates in shared)
         }
         supports[name] = jnp.ravel(_element(site.distribution).enumerate_support(expand=False))

@@ -1,6 +1,6 @@
 """What an estimator is: how one draw counts, and how the draws together make the bound."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -113,12 +113,10 @@ def abstract_term(problem: Problem, term: Callable[..., Any]) -> Any:
     return jax.eval_shape(at, params, abstract_key(), data)
 
 
-def require_reparameterised(
-    problem: Problem, estimator: str, besides: Collection[str] = ()
-) -> None:
+def require_reparameterised(problem: Problem, estimator: str) -> None:
     """Raises where a draw of the guide does not carry the gradient of its parameters."""
     sites = guide_sites(problem.target, problem.guide)
-    stuck = [n for n in without_gradient(problem.target, problem.guide) if n not in besides]
+    stuck = without_gradient(problem.target, problem.guide)
     if stuck:
         kinds = [f"{type(sites[n].distribution).__name__} at {n!r}" for n in stuck if n in sites]
         finite = sites and all(sites[n].distribution.has_enumerate_support for n in stuck)
@@ -128,7 +126,7 @@ def require_reparameterised(
             explain(
                 "The guide draws a latent from a distribution that is not reparameterised.",
                 expected="distributions with has_rsample",
-                received=", ".join(kinds) or f"a family that is not, at {stuck}",
+                received=", ".join(kinds) or f"a family that is not, at {list(stuck)}",
                 where=f"vi.elbo, estimator {estimator}",
                 hint=hint + (", vi.estimators.enumerate() the exact sum" if finite else ""),
             )

@@ -2,26 +2,20 @@
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from vi_params._check import explain
 from vi_params.estimators.baselines import Baseline, Scored, leave_one_out, require_comparable
+from vi_params.estimators.costs import scored_by_costs, total_of
 from vi_params.estimators.estimator import Estimate, Estimator, Problem
 from vi_params.estimators.pathwise import pathwise
 from vi_params.estimators.rows import joined_rows
 from vi_params.estimators.score import score, scoring
 from vi_params.estimators.shares import (
-    Dependence,
-    Key,
     Shares,
     dependence,
     exact_sites,
-    plates_between,
     shares_of,
 )
-from vi_params.matching import guide_sites
-from vi_params.sites import Term, plates_in_order, spread, sum_onto
+from vi_params.matching import guide_sites, knows_priors, without_gradient
 
 
 def mixed(*, baseline: Baseline | None = None) -> Estimator:
@@ -62,9 +56,10 @@ def mixed(*, baseline: Baseline | None = None) -> Estimator:
     baseline = leave_one_out() if baseline is None else baseline
 
     def build(problem: Problem) -> Estimate:
+        if not without_gradient(problem.target, problem.guide):
+            return pathwise().build(problem)
         if problem.guide.sites is None:
-            whole = pathwise() if problem.guide.is_reparameterised else score(baseline=baseline)
-            return whole.build(problem)
+            return score(baseline=baseline).build(problem)
         return _by_site(problem, baseline, "mixed", analytic=False)
 
     return Estimator("mixed", build)
@@ -103,13 +98,13 @@ def analytic_kl(*, baseline: Baseline | None = None) -> Estimator:
     baseline = leave_one_out() if baseline is None else baseline
 
     def build(problem: Problem) -> Estimate:
-        if problem.guide.sites is None or problem.target.sites is None:
+        if problem.guide.sites is None or not knows_priors(problem.target):
             lacking = "guide" if problem.guide.sites is None else "target"
             raise ValueError(
                 explain(
                     "Closed-form divergences need the distributions of latents and priors.",
-                    expected="a target of vi.from_numpyro, and a guide of vi.guide or "
-                    "vi.numpyro_guide",
+                    expected="a target of vi.from_numpyro, and a guide of vi.guide, "
+                    "vi.numpyro_guide or vi.guides.mean_field",
                     received=f"a {lacking} that is one density",
                     where="vi.elbo, estimator analytic_kl",
                     hint="vi.estimators.closed_form_entropy() for a family, or "
@@ -138,40 +133,8 @@ def _by_site(problem: Problem, baseline: Baseline, name: str, *, analytic: bool)
             exact = exact_sites(problem, found, dependence(run, found.guide))
             found = run(exact=exact)
         if not scored:
-            return Scored(_total(found.terms, ()), {}, {})
+            return Scored(total_of(found.terms), {}, {})
         depends = dependence(lambda given: run(given, exact), found.guide)
-        return Scored(
-            _total(found.terms, scored),
-            {name: found.guide[name].log_prob for name in scored},
-            {name: _cost(name, found, depends) for name in scored},
-        )
+        return scored_by_costs(found, depends, scored)
 
     return scoring(problem, term, baseline)
-
-
-def _total(terms: dict[Key, Term], scored: Any) -> jax.Array:
-    """The sum of all terms. Where a latent is scored, the gradient of its own log q has mean zero
-    and is left out."""
-    total = jnp.zeros(())
-    for (kind, name), term in terms.items():
-        share = jnp.sum(term.value)
-        own = kind == "guide" and name in scored
-        total = total + (jax.lax.stop_gradient(share) if own else share)
-    return total
-
-
-def _cost(name: str, shares: Shares, depends: Dependence) -> jax.Array:
-    """What one choice is answerable for, row by row, broadcasting against its log q."""
-    site = shares.guide[name]
-    rank = site.log_prob.ndim
-    plates = {plate: axis for plate, axis in (site.plates or {}).items() if -axis <= rank}
-    rows = plates_in_order(plates)
-    cost = jnp.zeros((1,) * rank)
-    for key, term in shares.terms.items():
-        if key == ("guide", name):  # log q of batch elements that are in no plate: each its own
-            cost = cost + term.value
-        elif name in depends.terms[key]:
-            own = plates_between(name, key, shares, depends)
-            axes = {plate: axis for plate, axis in term.plates.items() if plate in own}
-            cost = cost + spread(sum_onto(term.value, axes, rows), plates, rank)
-    return cost

@@ -11,8 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vi_params._tree import is_traced
+from vi_params.batches import Batch
 from vi_params.estimators.estimator import Problem
 from vi_params.estimators.shares import Key, Shares, shares_of
 from vi_params.matching import joint_data, joint_declared
@@ -30,7 +32,7 @@ def joined_rows(problem: Problem) -> frozenset[tuple[Key, str]]:
 
     Nothing is known of data that are traced: there the rows are taken to be apart.
     """
-    data = joint_data(problem.target, problem.guide)
+    data = _few_rows(problem)
     if is_traced(data) or not problem.target.plates:
         return frozenset()
     pairs: list[tuple[Key, str]] = []
@@ -47,10 +49,10 @@ def joined_rows(problem: Problem) -> frozenset[tuple[Key, str]]:
 
         here, there = (at(key) for key in of_draws)
         answers = []
-        for plate in sorted({name for site in here.guide.values() for name in site.plates or {}}):
+        for plate in sorted({name for site in here.guide.values() for name in site.plates}):
             given = {name: site.value for name, site in here.guide.items()}
             for name, site in here.guide.items():
-                plates = site.plates or {}
+                plates = site.plates
                 if plate in plates:
                     axis = plates[plate] - site.distribution.event_dim
                     is_row = _is_row(row, jnp.shape(site.value), axis)
@@ -69,6 +71,15 @@ def joined_rows(problem: Problem) -> frozenset[tuple[Key, str]]:
         keys = jax.random.split(jax.random.key(0), PROBES)
         found = jnp.any(jax.jit(jax.vmap(probe, in_axes=(0, None)))(keys, data), axis=0)
     return frozenset(itertools.compress(pairs, found.tolist()))
+
+
+def _few_rows(problem: Problem) -> Any:
+    """The data, subsampled plates at one batch of at least two rows."""
+    data, sizes = joint_data(problem.target, problem.guide), problem.target.sizes
+    if not sizes:
+        return data
+    index = {plate: np.arange(min(n, max(batch, 2))) for plate, (n, batch) in sizes.items()}
+    return Batch(data, index)
 
 
 def _is_row(row: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:

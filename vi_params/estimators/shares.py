@@ -27,7 +27,7 @@ class Shares(NamedTuple):
     """The sites of one draw, and the terms of its bound.
 
     Attributes:
-        guide: the guide's sites, their plates filled in.
+        guide: the guide's sites.
         model: the target's sites.
         terms: what the bound is the sum of.
     """
@@ -71,7 +71,6 @@ def shares_of(
         p = {"log_density": Site(None, log_p, None, {}, is_observed=True)}
     else:
         p = target.sites(values, latents, data)
-    q = {name: site._replace(plates=_plates(site, p.get(name))) for name, site in q.items()}
     terms: dict[Key, Term] = {}
     for name, site in p.items():
         if name not in exact:
@@ -135,7 +134,7 @@ def plates_between(name: str, key: Key, shares: Shares, depends: Dependence) -> 
     between = [other for other in depends.terms[key] if name in depends.above[other]]
     plates = frozenset(shares.terms[key].plates)
     for other in (name, *between):
-        plates &= frozenset(shares.guide[other].plates or {})
+        plates &= frozenset(shares.guide[other].plates)
     return plates
 
 
@@ -175,7 +174,7 @@ def _term(value: jax.Array, site: Site, key: Key, problem: Problem) -> Term:
     """A term, in those of its site's plates whose rows go their own ways."""
     plates = {
         name: axis
-        for name, axis in (site.plates or {}).items()
+        for name, axis in site.plates.items()
         if -axis <= jnp.ndim(value) and (key, name) not in problem.joined
     }
     return Term(value, plates)
@@ -189,18 +188,6 @@ def _ancestors(parents: Mapping[str, frozenset[str]]) -> dict[str, frozenset[str
             name: found.union(*(above[parent] for parent in found)) for name, found in above.items()
         }
     return above
-
-
-def _plates(site: Site, prior: Site | None) -> Mapping[str, int]:
-    """The plates of a guide's site: its own, or where it leaves them open those of its prior, whose
-    value has the same axes."""
-    if site.plates is not None:
-        return site.plates
-    if prior is None or prior.distribution is None:
-        return {}
-    shift = site.distribution.event_dim - prior.distribution.event_dim
-    moved = {name: axis + shift for name, axis in (prior.plates or {}).items()}
-    return {name: axis for name, axis in moved.items() if 0 > axis >= -site.log_prob.ndim}
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -16,13 +16,15 @@ import jax.numpy as jnp
 from numpyro.distributions import constraints
 
 from vi_params._check import explain
+from vi_params.batches.batch import split, take_axes
 from vi_params.guide import Draw, Guide, pick_own, sampler
+from vi_params.guides.by_site import sites_of_normals
 from vi_params.guides.local import has_local, local_mean_field
 from vi_params.guides.starts import model_values, require_whole_plates, start_vector
 from vi_params.noise import Noise, iid, whole_rows
 from vi_params.params import Param, constrain
 from vi_params.params.declare import Declared
-from vi_params.target import Target, flat
+from vi_params.target import Target, flat, split_vector
 
 
 class Scale(NamedTuple):
@@ -90,7 +92,7 @@ def mean_field(
             "scale": Param(scale, constraint=constraints.positive),
         }
     }
-    return location_scale(target, declared, name, _DIAGONAL)
+    return _by_site(target, location_scale(target, declared, name, _DIAGONAL), name)
 
 
 def full_rank(
@@ -183,6 +185,24 @@ def location_scale(target: Target, declared: Declared, name: str, scale: Scale) 
         transform=transform,
         entropy=entropy,
     )
+
+
+def _by_site(target: Target, family: Guide, name: str) -> Guide:
+    """A diagonal family that is known latent by latent too."""
+
+    def standardised(params: Any, e: jax.Array, data: Any) -> dict[str, Any]:
+        own = constrain(family.declared, pick_own(params, family.declared))[name]
+        index = split(data)[1]
+        vectors = own["loc"], own["scale"], e[: own["loc"].size]
+        loc, scale, e_parts = (split_vector(target, x) for x in vectors)
+        return {
+            site: tuple(
+                take_axes(part[site], latent.plates, index) for part in (loc, scale, e_parts)
+            )
+            for site, latent in target.latents.items()
+        }
+
+    return family._replace(sites=sites_of_normals(target, standardised))
 
 
 def positive(init_scale: float) -> float:

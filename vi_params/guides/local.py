@@ -20,6 +20,7 @@ from vi_params._check import explain
 from vi_params._tree import fold_in_name
 from vi_params.batches.batch import row_scale
 from vi_params.guide import Draw, Guide, key_noise, pick_own, sampler
+from vi_params.guides.by_site import sites_of_normals
 from vi_params.guides.starts import RADIUS, model_values, start_vector
 from vi_params.noise import Noise
 from vi_params.params import Latent, Param, constrain
@@ -89,10 +90,16 @@ def local_mean_field(target: Target, init: Any, init_scale: float, name: str) ->
             )
         return key_noise(key, num_particles)
 
-    def transform(params: Any, key: jax.Array, data: Any = None) -> Draw:
-        u, log_q = {}, jnp.zeros(())
+    def standardised(params: Any, key: jax.Array, data: Any) -> dict[str, Any]:
+        found = {}
         for site, (loc, scale) in moments(params, data).items():
             e = jax.random.normal(fold_in_name(key, site), loc.shape, loc.dtype)
+            found[site] = loc, scale, e
+        return found
+
+    def transform(params: Any, key: jax.Array, data: Any = None) -> Draw:
+        u, log_q = {}, jnp.zeros(())
+        for site, (loc, scale, e) in standardised(params, key, data).items():
             u[site] = loc + scale * e
             log_q += weight(site, e) * jnp.sum(-0.5 * e**2 - 0.5 * LOG_2PI - jnp.log(scale))
         latents, log_abs_det = jacobian(params, u, data)
@@ -127,6 +134,7 @@ def local_mean_field(target: Target, init: Any, init_scale: float, name: str) ->
         noise=noise,
         transform=transform,
         entropy=entropy,
+        sites=sites_of_normals(target, standardised),
     )
 
 

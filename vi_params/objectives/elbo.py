@@ -12,7 +12,7 @@ from vi_params._tree import abstract_key, is_traced, merge
 from vi_params.estimators import Estimator, pathwise
 from vi_params.estimators.estimator import Problem, log_joint
 from vi_params.guide import Guide
-from vi_params.matching import joint_data, joint_declared, matched
+from vi_params.matching import joint_data, joint_declared, knows_priors, matched
 from vi_params.noise import Noise, iid
 from vi_params.objectives.objective import Aux, Objective, objective
 from vi_params.target import Target
@@ -145,7 +145,7 @@ def _require_weight(target: Target, kl_weight: Any) -> None:
                 where="vi.elbo, kl_weight",
             )
         )
-    if target.sites is None:
+    if not knows_priors(target):
         raise ValueError(
             explain(
                 "The target does not tell its prior from its likelihood.",

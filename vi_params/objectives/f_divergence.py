@@ -16,6 +16,7 @@ from vi_params.objectives.divergences import Divergence
 from vi_params.objectives.importance import (
     Combination,
     importance_weighted,
+    model_apart,
     weight_aux,
     weighted_sum,
 )
@@ -23,7 +24,7 @@ from vi_params.objectives.objective import Measure, Objective, objective
 from vi_params.objectives.pair import (
     pair,
     path,
-    require_no_parameters,
+    require_apart,
     require_reparameterised,
     scored,
 )
@@ -50,26 +51,30 @@ def f_divergence(
     into a part of the posterior, nothing is seen of it. Gradients hold the factor fixed, as it is:
     for KL(q || p) they are those of the ELBO, without bias.
 
+    A model's own parameters ascend log(1/K sum_k w_k), the importance-weighted bound of the same
+    draws: a divergence from the posterior says nothing of the evidence.
+
     With `doubly_reparameterised` the gradient is that of Wang, Liu and Liu (2018), Variational
     inference with tail-adaptive f-divergence, eq. 5: -E f''(w) w^2 d log w / dz . dz / dparams.
 
     Args:
-        target: what to approximate, without parameters of its own.
+        target: what to approximate.
         guide: by what.
         divergence: one of `vi.divergences`, or your own `Divergence`.
         num_importance: K, draws whose weights are normalised together; at least 2.
         num_particles: how many such estimates are averaged.
         estimator: `vi.estimators.pathwise()` (the default), `doubly_reparameterised()`, or
             `vimco()` for guides that are not reparameterised.
-        noise: how the draws depend on each other: `vi.noise.iid()` (the default), ...
+        noise: how the draws depend on each other: `vi.noise.iid()` (the default), or with the
+            pathwise gradient others, whose bound is another one.
         batch_size: how many draws are evaluated at once; all where None.
 
     Returns:
         An `Objective`; `aux.value`, the loss, is the divergence, `aux.elbo` the average log weight.
 
     Raises:
-        ValueError: the model has parameters of its own, the divergence is not smooth where the
-            estimator needs it, target and guide do not fit, or num_importance < 2.
+        ValueError: the divergence is not smooth where the estimator needs it, model and guide share
+            a parameter, target and guide do not fit, or num_importance < 2.
         TypeError: an argument is of the wrong kind.
 
     Example:
@@ -91,7 +96,7 @@ def f_divergence(
         batch_size=batch_size,
         fewest=2,
     )
-    require_no_parameters(fitted, where)
+    require_apart(fitted, where)
     if not divergence.is_smooth and estimator and estimator.name == "doubly_reparameterised":
         raise ValueError(
             explain(
@@ -140,12 +145,13 @@ def tail_adaptive(
 
     that of an f-divergence whose f is chosen anew at every step, so that its weights always have
     moments: mass-covering like beta-th powers, without their heavy tails. There is no one function
-    that it minimises; the reported value is the average log weight under r, held fixed.
+    that it minimises; the reported value is the average log weight under r, held fixed. A model's
+    own parameters ascend the importance-weighted bound, as in `f_divergence`.
 
     Wang, Liu and Liu (2018), Variational inference with tail-adaptive f-divergence, algorithm 1.
 
     Args:
-        target: what to approximate, without parameters of its own.
+        target: what to approximate.
         guide: by what; reparameterised.
         beta: at most 0; -1 is the paper's choice, and 0 gives sticking the landing.
         num_importance: K, draws that are ranked together; at least 2.
@@ -157,7 +163,7 @@ def tail_adaptive(
         An `Objective`; `aux.value` is the weighted average, `aux.elbo` the plain one, in nats.
 
     Raises:
-        ValueError: beta > 0, the model has parameters of its own, target and guide do not fit, or
+        ValueError: beta > 0, model and guide share a parameter, target and guide do not fit, or
             num_importance < 2.
 
     Example:
@@ -188,7 +194,7 @@ def tail_adaptive(
         batch_size=batch_size,
         fewest=2,
     )
-    require_no_parameters(fitted, where)
+    require_apart(fitted, where)
     require_reparameterised(fitted, where, "vi.iwae with vi.estimators.vimco()")
 
     def ranks(log_weights: jax.Array) -> jax.Array:
@@ -196,10 +202,11 @@ def tail_adaptive(
         return jax.nn.softmax(beta * jnp.log(share))
 
     def evaluate(params: Any, noise: Any, data: Any) -> Any:
+        params, model = model_apart(fitted, params, noise, data)
         log_weights = scored(fitted, path, params, noise, data).log_weight
         weights = stop_gradient(jax.vmap(ranks)(log_weights))
         value = jnp.mean(weighted_sum(weights, log_weights))
-        return -value, weight_aux(value, log_weights)
+        return model - value, weight_aux(value, log_weights)
 
     measure = Measure("tail-adaptive average", -1)
     return objective(

@@ -11,9 +11,12 @@ is estimated
 - `vimco`: by sum_k (B - B_k) d log q(z_k) + a_k d log w_k, both at fixed draws, with B_k the value
   where log w_k is replaced by the average of the others (Mnih and Rezende, 2016, eq. 10).
 
-All three have the gradient of a model's own parameters from sum_k a_k d log p(x, z_k; theta).
+All three have the gradient of a model's own parameters from sum_k a_k d log p(x, z_k; theta), where
+B is a lower bound of the evidence. Divergences and upper bounds are minimised by the guide alone,
+and the model ascends the bound log(1/K sum_k w_k) of the same draws, as in reweighted wake-sleep.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,9 +36,13 @@ from vi_params.objectives.pair import (
     path,
     require_reparameterised,
     scored,
+    through_model,
     total,
 )
-from vi_params.objectives.rows import scored_rows
+from vi_params.objectives.row_scores import scored_rows, scored_shared
+from vi_params.objectives.rows import require_reparameterised_shared
+
+DOUBLY = "doubly_reparameterised"
 
 
 class Combination(NamedTuple):
@@ -82,7 +89,7 @@ def importance_weighted(
     """
     estimator = estimator or pathwise()
     require_instance(estimator, Estimator, "vi.estimators.pathwise()", f"{where}, estimator")
-    gradients = {"pathwise": _pathwise, "doubly_reparameterised": _doubly, "vimco": _vimco}
+    gradients = {"pathwise": _pathwise, DOUBLY: _doubly, "vimco": _vimco}
     if estimator.name not in gradients:
         raise ValueError(
             explain(
@@ -96,8 +103,12 @@ def importance_weighted(
                 else None,
             )
         )
+    if estimator.name != "pathwise" and pair.num_importance > 1:
+        _require_independent(pair, f"{where}, estimator {estimator.name}")
     if estimator.name == "vimco":
         _require_several(pair, where)
+        if pair.plate is not None:
+            require_reparameterised_shared(pair, f"{where}, estimator vimco")
     else:
         require_reparameterised(
             pair,
@@ -107,12 +118,19 @@ def importance_weighted(
     gradient = gradients[estimator.name]
 
     def evaluate(params: Any, noise: Any, data: Any) -> tuple[jax.Array, WeightAux]:
+        model = jnp.zeros(())
+        if combination.measure.sign > 0:  # no lower bound of the evidence
+            params, model = model_apart(pair, params, noise, data)
         values, log_weights = gradient(pair, combination, params, noise, data)
         # With weights row by row the bound is the sum over rows, those of a batch N / B times.
-        count = 1 if pair.plate is None else pair.target.plates[pair.plate]
-        value = count * jnp.mean(values)
+        count, shared = 1, jnp.zeros(())
+        if pair.plate is not None:
+            count, landing = pair.target.plates[pair.plate], estimator.name == DOUBLY
+            shared = jnp.mean(scored_shared(pair, params, noise, data, landing=landing))
+        value = count * jnp.mean(values) + shared
         aux = weight_aux(value, log_weights)
-        return combination.measure.sign * value, aux._replace(elbo=count * aux.elbo)
+        elbo = count * aux.elbo + stop_gradient(shared)
+        return combination.measure.sign * value + model, aux._replace(elbo=elbo)
 
     return objective(
         pair.declared,
@@ -123,6 +141,27 @@ def importance_weighted(
         pair.guide,
         combination.measure,
     )
+
+
+def model_apart(pair: Pair, params: Any, noise: Any, data: Any) -> tuple[Any, jax.Array]:
+    """What lets a model learn beside a loss that says nothing of its evidence.
+
+    Returns:
+        The parameters with the model's own held fixed, and a zero whose gradient in these is that
+        of minus the importance-weighted bound at the same draws.
+    """
+    own = pair.target.declared
+    if not own:
+        return params, jnp.zeros(())
+    held = {**params, **stop_gradient({name: params[name] for name in own})}
+    loss = -jnp.mean(model_bound(scored(pair, through_model, params, noise, data)))
+    return held, loss - stop_gradient(loss)
+
+
+def model_bound(draws: Scored) -> jax.Array:
+    """log(1/K sum_k w_k) of every particle, differentiable through the target alone."""
+    log_weights = draws.log_density - stop_gradient(draws.log_prob)
+    return logsumexp(log_weights, axis=1) - math.log(log_weights.shape[1])
 
 
 def weight_aux(value: jax.Array, log_weights: jax.Array) -> WeightAux:
@@ -162,10 +201,10 @@ def _doubly(pair: Pair, combination: Combination, params: Any, noise: Any, data:
     along = _scored(pair, path, params, noise, data).log_weight
     log_weights = stop_gradient(along)
     surrogate = weighted_sum(jax.vmap(combination.path_weights)(log_weights), along)
-    if pair.target.declared:
+    if pair.target.declared or pair.plate is not None:
         slopes = jax.vmap(jax.grad(combination.value))(log_weights)
-        fixed = _scored(pair, at_fixed_draws, params, noise, data)
-        surrogate += weighted_sum(slopes, fixed.log_density)
+        model = _scored(pair, through_model, params, noise, data)
+        surrogate += weighted_sum(slopes, model.log_weight)
     value = jax.vmap(combination.value)(log_weights)
     return with_gradient_of(value, surrogate), log_weights
 
@@ -187,13 +226,26 @@ def _vimco(pair: Pair, combination: Combination, params: Any, noise: Any, data: 
 
 
 def _require_several(pair: Pair, where: str) -> None:
-    num = jax.tree.leaves(jax.eval_shape(pair.noise, jax.random.key(0)))[0].shape[1]
-    if num < 2:
+    if pair.num_importance < 2:
         raise ValueError(
             explain(
                 "VIMCO compares each draw with the others.",
                 expected="num_importance >= 2",
-                received=str(num),
+                received=str(pair.num_importance),
                 where=f"{where}, estimator vimco",
+            )
+        )
+
+
+def _require_independent(pair: Pair, where: str) -> None:
+    """Raises where a draw depends on the others: both gradients average over it given them."""
+    if not pair.scheme.is_iid:
+        raise ValueError(
+            explain(
+                "This gradient is biased where draws depend on each other.",
+                expected="vi.noise.iid()",
+                received=f"vi.noise.{pair.scheme.name}()",
+                where=where,
+                hint="vi.estimators.pathwise() takes any noise",
             )
         )

@@ -30,32 +30,40 @@ def iwae(
     not improve: with `pathwise` gradients its signal-to-noise ratio falls with K (Rainforth et al.,
     2018), with `doubly_reparameterised` ones it does not.
 
-    Where every latent belongs to a row of the data, `plate` names that plate and each row has
-    weights of its own,
+    Weights of whole draws lose with every row of the data. Where latents z_i belong to the rows of
+    a plate, `plate` names it and each row has weights of its own,
 
-        sum_i log( 1/K sum_k p(x_i, z_ik) / q(z_ik) ),
+        L_K = E_g [ log p(x_0, g) / q(g) + sum_i log( 1/K sum_k p(x_i, z_ik | g) / q(z_ik | g) ) ],
 
-    which is as tight for many rows as for one; weights of whole draws lose with every row.
+    which is as tight for many rows as for one. The latents g outside the plate are drawn once for
+    the K draws and enter as they do in the ELBO. Again L_1 is the ELBO and L_K rises with K, to the
+    ELBO of g alone with all z_i integrated out, itself at most log p(x). Given g, rows must be
+    independent in target and guide; that is checked. `doubly_reparameterised` then takes log q(g)
+    as sticking the landing does, and differentiates through g as it is.
 
-    Burda, Grosse and Salakhutdinov (2016), Importance weighted autoencoders, eq. 8.
+    Burda, Grosse and Salakhutdinov (2016), Importance weighted autoencoders, eq. 8; Geffner and
+    Domke (2022), Variational inference with locally enhanced bounds for hierarchical models.
 
     Args:
         target: what to approximate.
         guide: by what.
         num_importance: K, draws under the logarithm.
         num_particles: how many such estimates are averaged.
-        plate: the plate whose rows have their own weights; None for weights of whole draws.
+        plate: the plate whose rows have their own weights, of a NumPyro model or of a plain target
+            with `per_row`; the guide is `vi.guides.mean_field` or written by hand. None for weights
+            of whole draws.
         estimator: `vi.estimators.pathwise()` (the default), `doubly_reparameterised()`, or
             `vimco()` for guides that are not reparameterised.
-        noise: how the draws depend on each other: `vi.noise.iid()` (the default), ...
+        noise: how the draws depend on each other: `vi.noise.iid()` (the default), or with the
+            pathwise gradient others, whose bound is another one.
         batch_size: how many draws are evaluated at once; all where None.
 
     Returns:
         An `Objective`; `aux.value` is the bound, `aux.elbo` the average log weight, in nats.
 
     Raises:
-        ValueError: target and guide do not fit, the guide lacks what the estimator needs, or
-            something lies outside the plate.
+        ValueError: target and guide do not fit, the guide lacks what the estimator needs, or the
+            plate's rows are tied together.
         KeyError: there is no such plate.
         TypeError: an argument is of the wrong kind.
 

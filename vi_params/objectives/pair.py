@@ -6,7 +6,8 @@ is a function, a route:
 
 - `total`: through the draw, the target and log q;
 - `path`: through the draw alone, every parameter held fixed;
-- `at_fixed_draws`: through the target and log q, the draw held fixed.
+- `at_fixed_draws`: through the target and log q, the draw held fixed;
+- `through_model`: through the target's parameters alone.
 """
 
 from collections.abc import Callable
@@ -49,6 +50,8 @@ class Pair(NamedTuple):
         declared: the parameters of both.
         data: the data of both.
         noise: `key -> noise`, leading axes `(num_particles, num_importance)`.
+        num_importance: how many draws share a weight's normaliser.
+        scheme: how the draws depend on each other.
         batch_size: how many draws are evaluated at once; all where None.
         plate: the plate whose rows have weights of their own; None for weights of whole draws.
     """
@@ -58,8 +61,16 @@ class Pair(NamedTuple):
     declared: dict[str, Any]
     data: Any
     noise: Callable[[jax.Array], Any]
+    num_importance: int
+    scheme: Noise
     batch_size: int | None
     plate: str | None = None
+
+    @property
+    def local(self) -> list[str]:
+        """The latents of the rows that have weights of their own."""
+        latents = self.target.latents
+        return [name for name, x in latents.items() if self.plate and self.plate in x.plates]
 
 
 Route = Callable[[Pair, Any, Any, Any], Scored]
@@ -121,7 +132,8 @@ def pair(
         return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), flat)
 
     jax.eval_shape(draw_noise, abstract_key())
-    return Pair(target, guide, declared, joint_data(target, guide), draw_noise, batch_size)
+    data = joint_data(target, guide)
+    return Pair(target, guide, declared, data, draw_noise, num_importance, scheme, batch_size)
 
 
 def model_values(pair: Pair, params: Any) -> dict[str, Any]:
@@ -146,6 +158,13 @@ def at_fixed_draws(pair: Pair, params: Any, noise: Any, data: Any) -> Scored:
     """The scores of one draw, differentiable in the parameters with the draw held fixed."""
     draw = pair.guide.transform(params, noise, data)
     return _score(pair, params, jax.lax.stop_gradient(draw), data)
+
+
+def through_model(pair: Pair, params: Any, noise: Any, data: Any) -> Scored:
+    """The scores of one draw, differentiable in the model's own parameters alone."""
+    draw = jax.lax.stop_gradient(pair.guide.transform(params, noise, data))
+    log_density = pair.target.log_density(model_values(pair, params), draw.latents, data)
+    return Scored(log_density, draw.log_prob)
 
 
 def scored(pair: Pair, route: Route, params: Any, noise: Any, data: Any) -> Scored:
@@ -183,17 +202,33 @@ def require_reparameterised(pair: Pair, where: str, hint: str) -> None:
         )
 
 
+def require_apart(fitted: Pair, where: str) -> None:
+    """Raises where model and guide, which descend on losses of their own, share a parameter."""
+    shared = [name for name in fitted.target.declared if name in fitted.guide.declared]
+    if shared:
+        raise ValueError(
+            explain(
+                "A parameter of both model and guide cannot follow two losses.",
+                expected="parameters of the model or of the guide",
+                received=f"both have {shared}",
+                where=where,
+                hint="the model ascends the importance-weighted bound, the guide descends this "
+                "objective; vi.elbo and vi.iwae are one loss for both",
+            )
+        )
+
+
 def require_no_parameters(fitted: Pair, where: str) -> None:
-    """Raises where the model has parameters: a divergence from its posterior says nothing of its
-    evidence."""
+    """Raises where the model has parameters: a divergence of scores from its posterior says nothing
+    of its evidence."""
     if fitted.target.declared:
         raise ValueError(
             explain(
-                "A divergence from the posterior cannot train a model's own parameters.",
+                "A divergence of scores says nothing of how likely the data are under the model.",
                 expected="a target without declared parameters",
                 received=f"parameters {list(fitted.target.declared)}",
                 where=where,
-                hint="vi.elbo, vi.iwae or vi.reweighted_wake_sleep train both",
+                hint="vi.elbo, vi.iwae or vi.reweighted_wake_sleep train model and guide",
             )
         )
 

@@ -20,7 +20,7 @@ from vi_params.guide import Guide
 from vi_params.noise import Noise
 from vi_params.objectives.importance import Combination, importance_weighted
 from vi_params.objectives.objective import Measure, Objective
-from vi_params.objectives.pair import Pair, pair
+from vi_params.objectives.pair import pair, require_apart
 from vi_params.target import Target
 
 NEAR = 0.01
@@ -45,7 +45,9 @@ def renyi(
 
     estimated with K draws: without bias only at alpha = 1, where it is the ELBO. alpha > 1 favours
     single modes, 0 < alpha < 1 covers more, alpha = 0 is the IWAE bound. For alpha < 0 it lies
-    above log p(x) and is minimised, but the estimate from few draws is too low and may lie below.
+    above log p(x) and is minimised, but the estimate from few draws is too low and may lie below;
+    a model's own parameters, whose evidence must not be lowered, then ascend the IWAE bound of the
+    same draws.
 
     Li and Turner (2016), Renyi divergence variational inference, eq. 4 and 9.
 
@@ -57,7 +59,8 @@ def renyi(
         num_particles: how many such estimates are averaged.
         estimator: `vi.estimators.pathwise()` (the default), `doubly_reparameterised()`, or
             `vimco()` for guides that are not reparameterised.
-        noise: how the draws depend on each other: `vi.noise.iid()` (the default), ...
+        noise: how the draws depend on each other: `vi.noise.iid()` (the default), or with the
+            pathwise gradient others, whose bound is another one.
         batch_size: how many draws are evaluated at once; all where None.
 
     Returns:
@@ -65,8 +68,8 @@ def renyi(
         loss is minus the bound, for alpha < 0 the bound itself.
 
     Raises:
-        ValueError: alpha is not finite, or negative where the model has parameters of its own;
-            target and guide do not fit, or the guide lacks what the estimator needs.
+        ValueError: alpha is not finite, or negative where model and guide share a parameter; target
+            and guide do not fit, or the guide lacks what the estimator needs.
         TypeError: an argument is of the wrong kind.
 
     Example:
@@ -86,7 +89,7 @@ def renyi(
     )
     alpha = _finite(alpha, "alpha", "vi.renyi")
     if alpha < 0:
-        require_fixed_model(fitted, f"vi.renyi, alpha={alpha:g}")
+        require_apart(fitted, f"vi.renyi, alpha={alpha:g}")
     measure = Measure(f"Renyi bound (alpha={alpha:g})", 1 if alpha < 0 else -1)
     return importance_weighted(fitted, power_bound(alpha, measure), estimator, "vi.renyi")
 
@@ -108,20 +111,24 @@ def cubo(
 
     with equality where q is the posterior. Minimising it minimises the chi^n divergence from the
     posterior to the guide, which covers the posterior's mass. It is Renyi's bound of order 1 - n,
-    and like that one its estimate from K draws is too low.
+    and like that one its estimate from K draws is too low: it falls on where no draw meets the
+    posterior, the sooner the more latents there are. Begin at a fit of the ELBO, with many draws. A
+    model's own parameters, whose evidence must not be lowered, ascend the IWAE bound of the same
+    draws.
 
     Dieng, Tran, Ranganath, Paisley and Blei (2017), Variational inference via chi upper bound
     minimization, eq. 3. (They descend exp(n CUBO_n), which is unbiased and overflows.)
 
     Args:
-        target: what to approximate, without parameters of its own.
+        target: what to approximate.
         guide: by what.
         order: n, at least 1.
         num_importance: K, draws under the logarithm.
         num_particles: how many such estimates are averaged.
         estimator: `vi.estimators.pathwise()` (the default), `doubly_reparameterised()`, or
             `vimco()` for guides that are not reparameterised.
-        noise: how the draws depend on each other: `vi.noise.iid()` (the default), ...
+        noise: how the draws depend on each other: `vi.noise.iid()` (the default), or with the
+            pathwise gradient others, whose bound is another one.
         batch_size: how many draws are evaluated at once; all where None.
 
     Returns:
@@ -129,7 +136,7 @@ def cubo(
         nats: the log evidence lies between them.
 
     Raises:
-        ValueError: order < 1, the model has parameters of its own, target and guide do not fit, or
+        ValueError: order < 1, model and guide share a parameter, target and guide do not fit, or
             the guide lacks what the estimator needs.
         TypeError: an argument is of the wrong kind.
 
@@ -161,7 +168,7 @@ def cubo(
                 hint=f"vi.renyi(..., alpha={1 - order:g}) is a lower bound",
             )
         )
-    require_fixed_model(fitted, "vi.cubo")
+    require_apart(fitted, "vi.cubo")
     combination = power_bound(1.0 - order, Measure(f"CUBO (order {order:g})", 1))
     return importance_weighted(fitted, combination, estimator, "vi.cubo")
 
@@ -189,20 +196,6 @@ def power_bound(alpha: float, measure: Measure) -> Combination:
         return alpha * a + power * a**2
 
     return Combination(value, path_weights, measure)
-
-
-def require_fixed_model(pair: Pair, where: str) -> None:
-    """Raises where the model has parameters: lowering an upper bound would lower the evidence."""
-    if pair.target.declared:
-        raise ValueError(
-            explain(
-                "An upper bound of the evidence cannot train a model's own parameters.",
-                expected="a target without declared parameters",
-                received=f"parameters {list(pair.target.declared)}",
-                where=where,
-                hint="train the model with vi.elbo or vi.iwae, a lower bound",
-            )
-        )
 
 
 def _finite(number: float, name: str, where: str) -> float:

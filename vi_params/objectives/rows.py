@@ -1,30 +1,34 @@
-"""Log weights row by row: for targets whose every latent belongs to a row of one plate.
+"""Importance weights row by row of a plate.
 
-The density is then a product over rows given the parameters, log p = sum_i log p(x_i, z_i), and so
-is the guide's: K joint draws are K draws for every row, and rows may be weighed apart.
+Let z_i be the latents of row i of the plate and g all others. Where target and guide are
+
+    p(x, g, z) = p(x_0, g) prod_i p(x_i, z_i | g),    q(g, z) = q(g) prod_i q(z_i | g),
+
+every particle draws g once and K rows of latents z_ik under it:
+
+    L_K = E_g [ log p(x_0, g) - log q(g) + sum_i log( 1/K sum_k p(x_i, z_ik | g) / q(z_ik | g) ) ].
+
+By Jensen's inequality a row's term is at most log p(x_i | g) in the mean, and what then remains is
+the ELBO of g with all z integrated out: L_K <= log p(x). L_1 is the ELBO, and L_K rises with K to
+that of g alone. The bound is tight per row, where weights of whole draws lose with every row.
+
+Geffner and Domke (2022), Variational inference with locally enhanced bounds for hierarchical
+models.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.lax import stop_gradient
 
 from vi_params._check import explain, require_names
 from vi_params._tree import abstract_key
-from vi_params.objectives.pair import (
-    Pair,
-    Route,
-    Scored,
-    at_fixed_draws,
-    model_values,
-    over_draws,
-    path,
-    total,
-)
+from vi_params.estimators.estimator import Problem
+from vi_params.estimators.rows import joined_rows
+from vi_params.estimators.shares import dependence, shares_of
+from vi_params.matching import without_gradient
+from vi_params.noise import iid
+from vi_params.objectives.pair import Pair
 from vi_params.params.maps import abstract_params
-from vi_params.sites import Site, sum_onto
 
 
 def by_rows(fitted: Pair, plate: str, where: str) -> Pair:
@@ -32,96 +36,107 @@ def by_rows(fitted: Pair, plate: str, where: str) -> Pair:
 
     Raises:
         KeyError: the target has no such plate.
-        ValueError: target or guide is not known site by site, or has a site outside the plate.
+        ValueError: target or guide is not known site by site, no latent has the plate, or rows are
+            tied together.
     """
-    target, guide = fitted.target, fitted.guide
-    if target.sites is None or guide.sites is None:
-        whole = "the target" if target.sites is None else "the guide"
+    _require_sites(fitted, plate, where)
+    require_names([plate], list(fitted.target.plates), what="plates", where=where, complete=False)
+    fitted = fitted._replace(plate=plate)
+    if not fitted.local:
         raise ValueError(
             explain(
-                "Rows can only be weighed apart where densities are known site by site.",
-                expected="a NumPyro model, and a guide by vi.guide or vi.numpyro_guide",
-                received=f"{whole} is one density over all rows",
-                where=f"{where}, plate={plate!r}",
+                "No latent has rows to weigh.",
+                expected=f"a latent in plate {plate!r}",
+                received=", ".join(
+                    f"{name!r} in {[p for p in latent.plates if p]}"
+                    for name, latent in fitted.target.latents.items()
+                ),
+                where=where,
+                hint="leave plate= out, or declare it: vi.Latent(shape, plates=(plate,))",
             )
         )
-    require_names([plate], list(target.plates), what="plates", where=where, complete=False)
-    params = abstract_params(fitted.declared)
-    noise = jax.eval_shape(lambda key: _first(fitted.noise(key)), abstract_key())
-    outside: list[str] = []
+    tied = _tied(fitted)
+    if tied:
+        raise ValueError(
+            explain(
+                "Rows that are tied together cannot be weighed apart.",
+                expected=f"row i of plate {plate!r} in target and guide to see the latents of row "
+                "i and those outside the plate alone, and these no latent of a row",
+                received="; ".join(tied),
+                where=where,
+                hint="leave plate= out; or, in vi.target, move what latents of rows enter into "
+                "per_row",
+            )
+        )
+    return fitted
+
+
+def require_reparameterised_shared(fitted: Pair, where: str) -> None:
+    """Raises where a latent outside the plate does not carry the gradient: VIMCO scores rows."""
+    stuck = [
+        name for name in without_gradient(fitted.target, fitted.guide) if name not in fitted.local
+    ]
+    if stuck:
+        raise ValueError(
+            explain(
+                "Only latents of rows may be drawn without reparameterisation.",
+                expected=f"distributions with has_rsample outside of plate {fitted.plate!r}",
+                received=f"none at {stuck}",
+                where=where,
+                hint="leave plate= out, or vi.elbo with vi.estimators.mixed()",
+            )
+        )
+
+
+def _require_sites(fitted: Pair, plate: str, where: str) -> None:
+    if fitted.target.sites is not None and fitted.guide.sites is not None:
+        return
+    plain = fitted.target.sites is None
+    raise ValueError(
+        explain(
+            "Rows can only be weighed apart where their densities are known one by one.",
+            expected="a model of vi.from_numpyro, or vi.target(..., per_row=) with its data marked "
+            "by vi.minibatch"
+            if plain
+            else "a guide of vi.guides.mean_field, vi.guide or vi.numpyro_guide",
+            received=f"{'a target' if plain else 'a guide'} that is one density over all rows",
+            where=f"{where}, plate={plate!r}",
+        )
+    )
+
+
+def _tied(fitted: Pair) -> list[str]:
+    """What ties the rows together, in words."""
+    local, plate = fitted.local, fitted.plate or ""
+    problem = Problem(fitted.target, fitted.guide, 1, iid())
+    noise = jax.eval_shape(
+        lambda key: jax.tree.map(lambda leaf: leaf[0, 0], fitted.noise(key)), abstract_key()
+    )
+    found: list[str] = []
+
+    def name_of(key: tuple[str, str]) -> str:
+        return f"{key[1]!r} of the {'target' if key[0] == 'model' else 'guide'}"
 
     def look(params: Any, noise: Any, data: Any) -> None:
-        drawn, seen = _sites(fitted, total, params, noise, data)
-        for name, site in seen.items():
-            if plate not in (site.plates or {}):
-                outside.append(name)
-        for name, site in drawn.items():
-            if name not in seen or (site.plates is not None and plate not in site.plates):
-                outside.append(f"{name} (guide)")
+        def run(given: Any = None) -> Any:
+            return shares_of(problem, params, noise, data, given=given)
 
+        shares = run()
+        depends = dependence(run, shares.guide)
+        for name, site in shares.guide.items():
+            if name not in fitted.target.latents:
+                found.append(f"{name!r}, drawn by the guide alone")
+            elif (name in local) != (plate in site.plates):
+                found.append(f"{name!r} of the guide is not in the plate, the latent is")
+        for key, term in shares.terms.items():
+            seen = [name for name in local if name in depends.terms[key]]
+            if plate not in term.plates and seen and key not in {("guide", n) for n in local}:
+                found.append(f"{name_of(key)}, outside the plate, sees {seen}")
+
+    params = abstract_params(fitted.declared)
     jax.eval_shape(look, params, noise, fitted.data)
-    if outside:
-        raise ValueError(
-            explain(
-                "Rows that share something cannot be weighed apart.",
-                expected=f"every sample site of model and guide inside plate {plate!r}",
-                received=f"outside it: {outside}",
-                where=where,
-                hint="make what is shared a parameter (numpyro.param), or leave plate= out",
-            )
-        )
-    return fitted._replace(plate=plate)
-
-
-def scored_rows(fitted: Pair, route: Route, params: Any, noise: Any, data: Any) -> Scored:
-    """All draws scored along a route, shape `(num_particles * rows, num_importance)`."""
-
-    def one(noise: Any) -> Scored:
-        return _score(fitted, route, params, noise, data)
-
-    def apart(x: jax.Array) -> jax.Array:
-        return jnp.swapaxes(x, 1, 2).reshape(-1, x.shape[1])
-
-    return jax.tree.map(apart, over_draws(one, noise, fitted.batch_size))
-
-
-def _score(fitted: Pair, route: Route, params: Any, noise: Any, data: Any) -> Scored:
-    """One draw's scores, shape `(rows,)`: a batch's rows are not yet multiplied by N / B."""
-    plate, size = fitted.plate, fitted.target.plates[fitted.plate or ""]
-    assert plate is not None
-    drawn, seen = _sites(fitted, route, params, noise, data)
-
-    def sum_rows(sites: Mapping[str, Site]) -> jax.Array:
-        each = []
-        for name, site in sites.items():
-            if site.plates is None:  # counted once; axes from the left are those of the latent
-                left = jnp.ndim(seen[name].log_prob) + (seen[name].plates or {})[plate]
-                plates = {plate: left - jnp.ndim(site.log_prob)}
-                each.append(sum_onto(site.log_prob, plates, [plate]))
-            else:
-                rows = sum_onto(site.scale * site.log_prob, site.plates, [plate])
-                each.append(rows * (rows.shape[0] / size))
-        return sum(each, start=jnp.zeros(()))
-
-    return Scored(sum_rows(seen), sum_rows(drawn))
-
-
-def _sites(
-    fitted: Pair, route: Route, params: Any, noise: Any, data: Any
-) -> tuple[Mapping[str, Site], Mapping[str, Site]]:
-    """The sites of guide and target at one draw, differentiable along the route."""
-    guide, target = fitted.guide, fitted.target
-    assert guide.sites is not None
-    assert target.sites is not None
-    drawn = guide.sites(params, noise, data)
-    latents = {name: site.value for name, site in drawn.items()}
-    if route is not total:
-        params = stop_gradient(params) if route is path else params
-        latents = stop_gradient(latents) if route is at_fixed_draws else latents
-        drawn = guide.sites(params, noise, data, latents)
-    shown = {name: latents[name] for name in latents if name in target.latents}
-    return drawn, target.sites(model_values(fitted, params), shown, data)
-
-
-def _first(noise: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf[0, 0], noise)
+    if not found:
+        for key, where in sorted(joined_rows(problem)):
+            if where == plate:
+                found.append(f"rows of {name_of(key)} see those of others")
+    return found

@@ -10,15 +10,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
-from jax.scipy.special import logsumexp
 
 from vi_params._check import explain, require_count
 from vi_params.guide import Guide
 from vi_params.matching import joint_data
 from vi_params.noise import Noise
-from vi_params.objectives.importance import weight_aux, weighted_sum
+from vi_params.objectives.importance import model_bound, weight_aux, weighted_sum
 from vi_params.objectives.objective import Measure, Objective, objective
-from vi_params.objectives.pair import Pair, at_fixed_draws, model_values, pair, scored
+from vi_params.objectives.pair import (
+    Pair,
+    at_fixed_draws,
+    model_values,
+    pair,
+    require_apart,
+    scored,
+)
 from vi_params.objectives.simulation import Simulate, require_simulate
 from vi_params.target import Target
 
@@ -68,8 +74,8 @@ def reweighted_wake_sleep(
         the log evidence estimate, `aux.elbo` the average log weight, in nats.
 
     Raises:
-        ValueError: both weights are zero, or one is negative; target and guide do not fit; the
-            sleep part lacks a simulator or a guide that looks at the data.
+        ValueError: both weights are zero, or one is negative; target and guide do not fit, or share
+            a parameter; the sleep part lacks a simulator or a guide that looks at the data.
         TypeError: an argument is of the wrong kind.
 
     Example:
@@ -101,6 +107,7 @@ def reweighted_wake_sleep(
         batch_size=batch_size,
         fewest=2,
     )
+    require_apart(fitted, where)
     require_count(num_simulations, "num_simulations", where)
     dream = require_simulate(fitted, simulate, where) if sleep else None
 
@@ -192,13 +199,12 @@ def _wake(fitted: Pair, params: Any, noise: Any, data: Any, wake: float) -> Any:
     found = scored(fitted, at_fixed_draws, params, noise, data)
     log_weights = stop_gradient(found.log_weight)
     shares = jax.nn.softmax(log_weights, axis=1)
-    log_evidence = logsumexp(log_weights, axis=1) - jnp.log(log_weights.shape[1])
-    held = weighted_sum(shares, stop_gradient(found.log_density)) - log_evidence
-    loss = wake * jnp.mean(held - weighted_sum(shares, found.log_prob))
+    bound = jnp.mean(model_bound(found))
+    held = jnp.mean(weighted_sum(shares, stop_gradient(found.log_density))) - stop_gradient(bound)
+    loss = wake * (held - jnp.mean(weighted_sum(shares, found.log_prob)))
     if fitted.target.declared:
-        through = weighted_sum(shares, found.log_density)
-        loss += jnp.mean(stop_gradient(through) - through) - jnp.mean(log_evidence)
-    return loss, weight_aux(jnp.mean(log_evidence), log_weights)
+        loss -= bound
+    return loss, weight_aux(stop_gradient(bound), log_weights)
 
 
 def _sleep(fitted: Pair, dream: Simulate, params: Any, keys: Any, data: Any) -> jax.Array:

@@ -171,6 +171,13 @@ def is_dependent(constraint: constraints.Constraint) -> bool:
     return isinstance(constraint, type(constraints.dependent))
 
 
+def is_unbounded(constraint: constraints.Constraint) -> bool:
+    """Whether the set holds every real array."""
+    while (base := getattr(constraint, "base_constraint", None)) is not None:
+        constraint = base
+    return isinstance(constraint, type(constraints.real))
+
+
 def bijector(constraint: constraints.Constraint, where: str) -> Transform:
     """NumPyro's bijector from unconstrained arrays onto the constraint's set.
 

@@ -39,8 +39,8 @@ class Target(NamedTuple):
         subsample: plate -> batch size, of the plates whose rows are drawn in every step.
         see: `data -> data`: the data as the log density sees them, at a batch its rows; None where
             only the model itself knows which arrays have rows.
-        sites: `(values, latents, data) -> mapping` of the `Site`s of a program; None where the
-            density is one function.
+        sites: `(values, latents, data) -> mapping` of the `Site`s of a program, or of a plain
+            density and its terms by row; None where the density is one function.
         simulate: `(values, key, data) -> (latents, data)`: a draw of both from the model, or None.
         infer_discrete: `(values, latents, key, data) -> mapping` of the discrete latents that were
             summed out: a draw, or the most probable where `key` is None. None where there are none.

@@ -1,6 +1,7 @@
 """Targets from log densities written in plain JAX."""
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from vi_params._tree import fold_in_name
 from vi_params.params import Latent, unconstrain
 from vi_params.params.declare import Declared, normalise
 from vi_params.params.rows import plates_of, rows_at
+from vi_params.sites import Site, plate_axes
 from vi_params.target.core import EMPTY, Target, build, require_latents
 from vi_params.target.minibatch import Rows, gather, require_plates, unmark
 
@@ -84,18 +86,24 @@ def target(
     scaled = _takes_scale(log_density)
     parts = _parts(per_row, rows, scaled)
 
-    def terms(values: Any, latents: Any, data: Any) -> dict[str, jax.Array]:
+    def sites(values: Any, latents: Any, data: Any) -> dict[str, Site]:
         values = rows_at(declared, values, data)
         seen, scale = gather(rows, data)
         total = log_density(values, latents, seen, *([scale] if scaled else []))
-        found = {"log_density": total}
+        found = {"log_density": Site(None, total, None, {}, is_observed=True)}
         for plates, f in parts.items():
             each = _one_a_row(f(values, latents, seen), plates, rows, scale)
-            factor = 1.0
-            for plate in plates:
-                factor *= scale[plate]
-            found[", ".join(plates)] = factor * jnp.sum(each)
+            axes = plate_axes(plates, len(plates))
+            factor = math.prod(scale[plate] for plate in plates)
+            found[", ".join(plates)] = Site(None, each, None, axes, factor, is_observed=True)
         return found
+
+    def terms(values: Any, latents: Any, data: Any) -> dict[str, jax.Array]:
+        found = sites(values, latents, data)
+        return {
+            name: site.scale * jnp.sum(site.log_prob) if site.plates else site.log_prob
+            for name, site in found.items()
+        }
 
     def joint(values: Any, latents: Any, data: Any) -> jax.Array:
         first, *rest = terms(values, latents, data).values()
@@ -117,6 +125,7 @@ def target(
         subsample=rows.subsample,
         terms=terms,
         see=lambda data: gather(rows, data)[0],
+        sites=sites if parts else None,
     )
 
 
