@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from numpyro.distributions import constraints
 
 from vi_params._check import explain, require_names
-from vi_params._tree import abstract_key, fold_in_name, is_traced, merge
-from vi_params.batches.batch import Batch
+from vi_params._tree import abstract_key, fold_in_name, is_traced, leaves_by_path, merge
+from vi_params.batches.batch import Batch, require_rows
 from vi_params.guide import SINGLE, Draw, Guide
 from vi_params.params import Latent, init_params
 from vi_params.params.declare import bijector, constraint_name
@@ -57,7 +57,10 @@ def matched(target: Target, guide: Guide) -> Guide:
             plate: jax.ShapeDtypeStruct((batch,), jnp.int32)
             for plate, batch in target.subsample.items()
         }
-        at_batch = jax.eval_shape(guide.sample, params, key, Batch(data, index)).latents
+        try:
+            at_batch = jax.eval_shape(guide.sample, params, key, Batch(data, index)).latents
+        except (TypeError, ValueError) as error:
+            raise _unlike_rows(target, joint_declared(target, guide), error) from error
         require_draw(at_batch, target.latents, "the guide at a batch", index)
     return guide
 
@@ -74,13 +77,46 @@ def _in_plates(target: Target, guide: Guide) -> Guide:
                 where="target and guide",
             )
         )
-    require_plates(plates_of(joint_declared(target, guide)), target.plates, "declared")
+    axes = plates_of(joint_declared(target, guide))
+    require_plates(axes, target.plates, "declared")
+    if target.subsample and target.see is None:  # a program, all of whose plates are known
+        known = {**guide.plates, **target.plates}
+        for path, (plates, _) in axes.items():
+            where = f"plates of parameter {path!r}"
+            require_names(plates, list(known), what="plates", where=where, complete=False)
     if guide.in_plates is None:
         return guide
     plates = {name: latent.plates for name, latent in target.latents.items()}
     if SINGLE not in plates and len(plates) == 1:
         plates[SINGLE] = next(iter(plates.values()))
     return guide.in_plates(plates, target.plates, target.see or _see_whole)
+
+
+def _unlike_rows(target: Target, declared: Any, error: Exception) -> ValueError:
+    """Why a guide that runs at all rows might not run at those of a batch."""
+    sizes = {plate: target.plates[plate] for plate in target.subsample}
+    plated = plates_of(declared)
+    suspects = [
+        f"{path} of shape {leaf.shape}"
+        for path, leaf in leaves_by_path(abstract_params(declared)).items()
+        if path not in plated and leaf.shape[:1] and leaf.shape[0] in sizes.values()
+    ]
+    return ValueError(
+        explain(
+            "The guide runs at all rows and not at a batch's.",
+            expected="values, data and latents that follow the rows of "
+            + listed_plates(target.sizes),
+            received=f"{type(error).__name__}: {error}",
+            where=f"the guide at a batch{', parameters ' * bool(suspects)}{', '.join(suspects)}",
+            hint='parameters of its rows are Param(..., plates=("rows",)), or numpyro.param(..., '
+            "event_dim=) inside the plate; data go through numpyro.subsample or the plate's indices",
+        )
+    )
+
+
+def listed_plates(sizes: Mapping[str, tuple[int, int]]) -> str:
+    """Plates with their sizes, in words."""
+    return ", ".join(f"plate {n!r} ({batch} of {size})" for n, (size, batch) in sizes.items())
 
 
 def _see_whole(data: Any) -> Any:
@@ -122,6 +158,14 @@ def joint_data(target: Target, guide: Guide) -> Any:
             )
         )
     return {**guide.data, **target.data}
+
+
+def given_data(target: Target, guide: Guide, data: Any, where: str) -> Any:
+    """The data to look at: those given, the rows of a batch checked, or those of both together."""
+    if data is None:
+        return joint_data(target, guide)
+    require_rows(data, {**guide.plates, **target.plates}, f"{where}, data")
+    return data
 
 
 def guide_sites(target: Target, guide: Guide) -> dict[str, Site]:

@@ -77,6 +77,12 @@ def put_axes(
     return x.at[place].set(rows, mode="drop")
 
 
+def require_rows(data: Any, sizes: Mapping[str, int], where: str) -> None:
+    """Raises where `data` are a `Batch` of unknown plates or of rows that do not exist."""
+    if isinstance(data, Batch):
+        require_index(data.index, sizes, where)
+
+
 def require_index(index: Mapping[str, Any], sizes: Mapping[str, int], where: str) -> None:
     """Raises unless `index` holds row numbers of known plates (their range where values are known).
 

@@ -35,7 +35,9 @@ def is_stream(objective: Objective, data: Any) -> bool:
     if isinstance(data, Iterator):
         return True
     own = jax.tree.structure(objective.data)
-    if isinstance(data, (list, tuple)):  # a tree as well: of batches, if the first is one
+    if isinstance(data, (list, tuple)):  # a tree as well, where the data are such a one
+        if not isinstance(objective.data, (list, tuple)):
+            return True
         return not data or jax.tree.structure(split(data[0])[0]) == own
     return not hasattr(data, "dtype") and jax.tree_util.all_leaves([data])
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from vi_params._check import explain, require_names
 from vi_params._tree import pick
-from vi_params.batches.batch import row_scale, split
+from vi_params.batches.batch import require_rows, row_scale, split
 from vi_params.params import Latent, constrain_with_log_det, unconstrain
 from vi_params.params.declare import Declared
 from vi_params.sites import Site
@@ -93,6 +93,7 @@ def build(
     """A `Target` from its parts, with checks at every trace and the maps of fixed supports."""
 
     def checked(values: Any, latents_: Any, data: Any) -> jax.Array:
+        require_rows(data, plates, "log_density, data")
         require_draw(latents_, latents, "log_density", split(data)[1])
         value = log_density(values, latents_, data)
         if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
@@ -107,15 +108,24 @@ def build(
             )
         return value
 
+    def at_known_rows(f: Callable[..., Any], where: str) -> Callable[..., Any]:
+        def at(values: Any, latents_: Any, data: Any) -> Any:
+            require_rows(data, plates, f"{where}, data")
+            return f(values, latents_, data)
+
+        return at
+
+    constrain = constrain or (lambda values, u, data: _constrain(latents, u, plates))
+    unconstrain = unconstrain or (lambda values, x, data: _unconstrain(latents, x))
     return Target(
         latents=dict(latents),
         log_density=checked,
         declared=declared,
         data=data,
         plates=dict(plates),
-        constrain=constrain or (lambda values, u, data: _constrain(latents, u, plates)),
-        unconstrain=unconstrain or (lambda values, x, data: _unconstrain(latents, x)),
-        deterministic=deterministic,
+        constrain=at_known_rows(constrain, "constrain"),
+        unconstrain=at_known_rows(unconstrain, "unconstrain"),
+        deterministic=at_known_rows(deterministic, "deterministic"),
         terms=terms or (lambda values, x, data: {"log_density": checked(values, x, data)}),
         start=start,
         subsample=dict(subsample),

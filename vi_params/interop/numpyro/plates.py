@@ -8,7 +8,7 @@ import numpy as np
 from numpyro.primitives import Messenger
 
 from vi_params._check import explain
-from vi_params.batches.batch import Batch
+from vi_params.batches.batch import Batch, require_index
 
 
 class WithRows(Messenger):
@@ -43,6 +43,9 @@ class WithRows(Messenger):
             return
         name, (size, subsample_size) = msg["name"], msg["args"]
         drawn = subsample_size is not None and subsample_size != size
+        if drawn and msg["value"] is not None:
+            _require_free(name, size, msg["value"], self.index)
+            return
         subsampled = drawn or name in self.index
         if subsample_size is not None and drawn:
             require_fitting(name, size, subsample_size)
@@ -94,6 +97,21 @@ def with_rows(
         if data.taken and any(plate in data.index for plate in param.plates)
     }
     return WithRows(program, data.index, sizes, local, streamed, seen)
+
+
+def _require_free(name: str, size: int, rows: Any, index: Mapping[str, Any]) -> None:
+    """Raises where the rows that a handler of the program fixes are not all there is to them."""
+    if name in index:
+        raise ValueError(
+            explain(
+                "The rows of a plate are given in two ways.",
+                expected="either a handler of the program that fixes them, or a batch",
+                received="both",
+                where=f"plate {name!r}",
+                hint="build the target from the program without that handler",
+            )
+        )
+    require_index({name: rows}, {name: size}, "the program's own indices")
 
 
 def require_fitting(name: str, size: int, subsample_size: Any) -> None:
