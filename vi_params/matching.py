@@ -1,6 +1,7 @@
 """A target and a guide together: their parameters, their data, and whether their latents agree."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -9,7 +10,7 @@ from numpyro.distributions import constraints
 
 from vi_params._check import explain, require_names
 from vi_params._tree import abstract_key, fold_in_name, is_traced, leaves_by_path, merge
-from vi_params.batches.batch import Batch, require_rows
+from vi_params.batches.batch import Batch, require_rows, split
 from vi_params.guide import SINGLE, Draw, Guide
 from vi_params.params import Latent, init_params
 from vi_params.params.declare import bijector, constraint_name
@@ -17,6 +18,7 @@ from vi_params.params.maps import abstract_params
 from vi_params.params.rows import plates_of
 from vi_params.sites import Site, is_point_mass
 from vi_params.target import EMPTY, Target, require_draw
+from vi_params.target.fed import fed, require_fed
 from vi_params.target.minibatch import require_plates
 
 
@@ -89,38 +91,35 @@ def _in_plates(target: Target, guide: Guide) -> Guide:
     plates = {name: latent.plates for name, latent in target.latents.items()}
     if SINGLE not in plates and len(plates) == 1:
         plates[SINGLE] = next(iter(plates.values()))
-    return guide.in_plates(plates, target.plates, target.see or _see_whole)
+    return guide.in_plates(plates, target.plates, target.see or partial(_see, target.streamed))
 
 
 def _unlike_rows(target: Target, declared: Any, error: Exception) -> ValueError:
     """Why a guide that runs at all rows might not run at those of a batch."""
-    sizes = {plate: target.plates[plate] for plate in target.subsample}
-    plated = plates_of(declared)
+    sizes, plated = dict(target.sizes.values()), plates_of(declared)
+    plates = ", ".join(
+        f"plate {n!r} ({batch} of {size})" for n, (size, batch) in target.sizes.items()
+    )
     suspects = [
         f"{path} of shape {leaf.shape}"
         for path, leaf in leaves_by_path(abstract_params(declared)).items()
-        if path not in plated and leaf.shape[:1] and leaf.shape[0] in sizes.values()
+        if path not in plated and leaf.shape[:1] and leaf.shape[0] in sizes
     ]
     return ValueError(
         explain(
             "The guide runs at all rows and not at a batch's.",
-            expected="values, data and latents that follow the rows of "
-            + listed_plates(target.sizes),
+            expected=f"values, data and latents that follow the rows of {plates}",
             received=f"{type(error).__name__}: {error}",
             where=f"the guide at a batch{', parameters ' * bool(suspects)}{', '.join(suspects)}",
             hint='parameters of its rows are Param(..., plates=("rows",)), or numpyro.param(..., '
-            "event_dim=) inside the plate; data go through numpyro.subsample or the plate's indices",
+            "event_dim=) inside the plate; data go through numpyro.subsample or the plate's rows",
         )
     )
 
 
-def listed_plates(sizes: Mapping[str, tuple[int, int]]) -> str:
-    """Plates with their sizes, in words."""
-    return ", ".join(f"plate {n!r} ({batch} of {size})" for n, (size, batch) in sizes.items())
-
-
-def _see_whole(data: Any) -> Any:
-    if isinstance(data, Batch):
+def _see(streamed: Mapping[str, int], data: Any) -> Any:
+    data, index = split(data)
+    if not set(index) <= set(streamed):
         raise ValueError(
             explain(
                 "Only the NumPyro model knows which of its arrays have rows.",
@@ -142,7 +141,18 @@ def joint_declared(target: Target, guide: Guide) -> dict[str, Any]:
 
 
 def joint_data(target: Target, guide: Guide) -> Any:
-    """The target's data, with what the guide takes beside them."""
+    """The target's data, with what the guide takes beside them.
+
+    Where parameters have the rows of a plate that is fed from outside, the data that the target was
+    built with stand for its first rows wherever shapes are looked at.
+    """
+    data = _joint(target, guide)
+    sizes = fed(target, joint_declared(target, guide))
+    index = {plate: jnp.arange(batch) for plate, (_, batch) in sizes.items()}
+    return Batch(data, index) if index else data
+
+
+def _joint(target: Target, guide: Guide) -> Any:
     if guide.data is None:
         return target.data
     if target.data is None:
@@ -162,9 +172,9 @@ def joint_data(target: Target, guide: Guide) -> Any:
 
 def given_data(target: Target, guide: Guide, data: Any, where: str) -> Any:
     """The data to look at: those given, the rows of a batch checked, or those of both together."""
-    if data is None:
-        return joint_data(target, guide)
+    data = _joint(target, guide) if data is None else data
     require_rows(data, {**guide.plates, **target.plates}, f"{where}, data")
+    require_fed(fed(target, joint_declared(target, guide)), data, f"{where}, data")
     return data
 
 

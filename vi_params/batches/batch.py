@@ -22,7 +22,8 @@ class Batch:
     under jit, where their values are not known, the loss is NaN and the step is skipped.
 
     Attributes:
-        data: the data, whole: their rows are taken where they are used.
+        data: the data, whole: their rows are taken where they are used. Of a plate whose data come
+            from outside batch by batch, the rows themselves.
         index: plate -> int array of shape `(batch,)`. Plates that it lacks keep all their rows.
         taken: whether parameters with those plates come already reduced to these rows (as the
             drivers hand them on); static.

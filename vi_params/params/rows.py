@@ -93,7 +93,7 @@ def put_rows(declared: Declared, params: Any, rows: Any, index: Mapping[str, jax
     Raises:
         KeyError: a plate that no parameter is annotated with, or names that do not match.
         TypeError: an index that is not a vector of ints.
-        ValueError: rows of another shape than `take_rows` gives; rows that do not exist or are there
+        ValueError: rows of another shape than `take_rows` gives; rows that do not exist or occur
             twice (under jit, where their values are not known, the former are dropped).
 
     Example:

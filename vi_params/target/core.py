@@ -37,6 +37,8 @@ class Target(NamedTuple):
         terms: `(values, latents, data) -> mapping` of the named terms that sum to the log density.
         start: `(strategy, key) -> u`: a start by one of numpyro's `init_to_*` strategies.
         subsample: plate -> batch size, of the plates whose rows are drawn in every step.
+        streamed: plate -> batch size, of the plates whose data come from outside batch by batch:
+            `data` then hold the rows of one batch, and a `vi.Batch` of them says which these are.
         see: `data -> data`: the data as the log density sees them, at a batch its rows; None where
             only the model itself knows which arrays have rows.
         sites: `(values, latents, data) -> mapping` of the `Site`s of a program; None where the
@@ -57,6 +59,7 @@ class Target(NamedTuple):
     terms: Callable[[Any, Any, Any], dict[str, jax.Array]]
     start: Callable[[Any, jax.Array], dict[str, jax.Array]]
     subsample: Mapping[str, int] = EMPTY
+    streamed: Mapping[str, int] = EMPTY
     see: Callable[[Any], Any] | None = None
     sites: Callable[[Any, Any, Any], dict[str, Site]] | None = None
     simulate: Callable[[Any, jax.Array, Any], tuple[Any, Any]] | None = None
@@ -86,6 +89,7 @@ def build(
     constrain: Callable[..., Any] | None = None,
     unconstrain: Callable[..., Any] | None = None,
     subsample: Mapping[str, int] = EMPTY,
+    streamed: Mapping[str, int] = EMPTY,
     see: Callable[[Any], Any] | None = None,
     sites: Callable[[Any, Any, Any], dict[str, Site]] | None = None,
     infer_discrete: Callable[..., dict[str, jax.Array]] | None = None,
@@ -129,6 +133,7 @@ def build(
         terms=terms or (lambda values, x, data: {"log_density": checked(values, x, data)}),
         start=start,
         subsample=dict(subsample),
+        streamed=dict(streamed),
         see=see,
         sites=sites,
         infer_discrete=infer_discrete,

@@ -52,7 +52,8 @@ def from_numpyro(
     step, for model and guide alike, and NumPyro's scale N / B makes the estimate unbiased. Called
     with all data, as by `vi.draws` and `vi.diagnose`, the same model runs over all rows. A model of
     such a plate that is handed a batch of rows only, and does not use the plate's indices, is for
-    `vi.fit(..., data=iterable)`.
+    `vi.fit(..., data=iterable)`. Where parameters have rows of such a plate, every batch says which
+    rows it holds, `vi.Batch({"y": rows}, {"plate": their numbers})`.
 
     Args:
         model: a NumPyro program; handlers such as `reparam`, `scale` and `mask` may wrap it.
@@ -168,6 +169,7 @@ def from_numpyro(
         start=start,
         plates=found.plates,
         subsample={n: size for n, size in found.subsample.items() if n not in found.streamed},
+        streamed=found.streamed,
         terms=terms,
         sites=sites if summed is None else None,
         constrain=constrain if dynamic else None,

@@ -63,6 +63,8 @@ class WithRows(Messenger):
             )
         if name in self.index:
             rows = jnp.asarray(self.index[name])
+            if name in self.streamed:
+                _require_as_many(name, subsample_size or size, len(rows))
             msg["value"], msg["args"] = rows, (size, len(rows))
         elif name in self.streamed:
             msg["value"] = jnp.arange(subsample_size or size)
@@ -97,6 +99,19 @@ def with_rows(
         if data.taken and any(plate in data.index for plate in param.plates)
     }
     return WithRows(program, data.index, sizes, local, streamed, seen)
+
+
+def _require_as_many(name: str, in_data: int, in_index: int) -> None:
+    """Raises unless a batch from outside has as many rows as numbers of rows."""
+    if in_data != in_index:
+        raise ValueError(
+            explain(
+                "The data of a batch and their row numbers do not match.",
+                expected=f"{in_data} row numbers, one for each row of the data",
+                received=str(in_index),
+                where=f"plate {name!r}",
+            )
+        )
 
 
 def _require_free(name: str, size: int, rows: Any, index: Mapping[str, Any]) -> None:
