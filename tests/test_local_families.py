@@ -94,8 +94,8 @@ def fed(y):
 
 
 def test_rows_from_outside_have_parameters_where_they_say_which_they_are():
-    """At the same noise a vi.Batch of rows from outside makes the step that the same rows of data on
-    the device make; a fit moves every row that came, and draws are made of the rows asked for."""
+    """At the same noise a vi.Batch of rows from outside makes the step that the same rows of whole
+    data make; a fit moves every row that came, and draws are made of the rows asked for."""
     y = np.linspace(-2.0, 2.0, N, dtype=np.float32)
     parts = [np.array([4, 1]), np.array([5, 0])]
     reached = []

@@ -143,8 +143,7 @@ def joint_declared(target: Target, guide: Guide) -> dict[str, Any]:
 def joint_data(target: Target, guide: Guide) -> Any:
     """The target's data, with what the guide takes beside them.
 
-    Where parameters have the rows of a plate that is fed from outside, the data that the target was
-    built with stand for its first rows wherever shapes are looked at.
+    Where parameters have rows of a plate fed from outside, they stand for its first rows.
     """
     data = _joint(target, guide)
     sizes = fed(target, joint_declared(target, guide))

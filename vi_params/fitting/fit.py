@@ -75,17 +75,16 @@ def fit(
         data: the data; the objective's own where None. Or batches: any Python iterable (a list, a
             generator, a torch DataLoader) of trees like the objective's data, one for each step:
             for a NumPyro model by the names of its arguments, and where parameters have rows of the
-            plate that is fed a `vi.Batch(data, {plate: row numbers})`.
-            The next one is made and sent while a step computes. What can be iterated again starts
-            again at its end; a generator ends the fit. A batch that does not fit ends it too: what
-            was reached is returned, with a warning and the status DATA_FAILED.
+            plate that is fed a `vi.Batch(data, {plate: row numbers})`. The next one is made and
+            sent while a step computes. What can be iterated again starts again at its end; a
+            generator ends the fit. A batch that does not fit ends it too: what was reached is
+            returned, with a warning and the status DATA_FAILED.
         restarts: how many starts to fit.
         stop: when to stop before `num_steps`: `vi.stopping.plateau()` by default (its tolerance
             that of the objective's measure), or `vi.stopping.never()`.
         progress: whether to show a progress bar.
         params: unconstrained parameters to start from, for one restart.
-        callbacks: functions of a `Progress`, called after every compiled call; one that returns
-            True ends the fit.
+        callbacks: functions of a `Progress`, called after every call; True from one ends the fit.
         batches: how the rows of subsampled plates are drawn: `vi.batches.shuffled()` by default.
         updates: which rows a step updates: `vi.updates.rows()` by default, `vi.updates.dense()`.
         sweep: option -> values, of options that `optax.inject_hyperparams` put into the optimiser's

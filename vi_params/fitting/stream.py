@@ -39,10 +39,10 @@ def is_stream(objective: Objective, data: Any) -> bool:
     if isinstance(data, Iterator):
         return True
     own = split(objective.data)[0]
-    if isinstance(data, (list, tuple)):  # a tree as well, where the data are such a one
-        if not isinstance(own, (list, tuple)):
+    if isinstance(data, (list, tuple)):  # a tree as well: of batches, unless it is one of arrays
+        if not data or jax.tree.structure(split(data[0])[0]) == jax.tree.structure(own):
             return True
-        return not data or jax.tree.structure(split(data[0])[0]) == jax.tree.structure(own)
+        return not isinstance(own, (list, tuple)) and not jax.tree_util.all_leaves(data)
     return not hasattr(data, "dtype") and jax.tree_util.all_leaves([data])
 
 

@@ -143,7 +143,7 @@ def _at_all_rows(target: Target, init: Any) -> Target:
     """The target with latents of all rows, where it has those of a batch from outside."""
     whole = {}
     for site, latent in target.latents.items():
-        n = [target.plates[p] if p in target.streamed else None for p in latent.plates]
+        n = [target.plates[str(p)] if p in target.streamed else None for p in latent.plates]
         if any(n) and (latent.is_dynamic or callable(init)):
             raise ValueError(
                 explain(
