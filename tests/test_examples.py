@@ -129,6 +129,21 @@ def test_vae(tmp_path, monkeypatch):
     assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(result.fit.params))
 
 
+def test_amortised():
+    """Every kind of network comes near the exact posteriors, for new patients too; rows that start
+    from it come nearer than those that start from nothing, while it keeps its bits."""
+    result = load("amortised").main()
+    assert "plain JAX" in result.encoders
+    for found in (*result.encoders.values(), result.new):
+        assert found.mean < 0.25
+        assert found.scale < 0.1
+    assert result.refined.mean < 0.5 * result.encoders["plain JAX"].mean
+    assert result.refined.mean < 0.5 * result.alone.mean
+    assert result.refined.scale < 0.1
+    same = {name: result.after[name] for name in result.before}
+    jax.tree.map(np.testing.assert_array_equal, same, result.before)
+
+
 def test_matrix_factorisation():
     """A million rows are fitted: the noise is recovered, and means of questions not asked are found
     almost as well as the exact posterior does that knows the questions, with intervals that hold
