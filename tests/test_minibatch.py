@@ -10,6 +10,7 @@ import optax
 import pytest
 from numpyro import distributions as dist
 from numpyro import handlers
+from numpyro.contrib.control_flow import scan
 from numpyro.distributions import constraints
 from numpyro.infer.util import log_density
 
@@ -343,6 +344,63 @@ def test_rows_that_the_program_fixes_are_kept():
     outside = handlers.substitute(conjugate, {"rows": jnp.array([0, 1, 2, 3, N])})
     with pytest.raises(ValueError, match=r"from 0 to 5[\s\S]*plate 'rows'"):
         vi.from_numpyro(outside, Y)
+
+
+def series(y):
+    """A series for every row: the plate is made before the scan and entered in its body."""
+    mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+    rows = numpyro.plate("rows", N, subsample_size=B)
+    with rows:
+        some = numpyro.subsample(y, 0)
+        first = numpyro.sample("first", dist.Normal(mu, 1.0))
+
+    def body(z, y):
+        with rows:
+            z = numpyro.sample("z", dist.Normal(mu * z, 1.0))
+            numpyro.sample("y", dist.Normal(z, 1.0), obs=y)
+        return z, None
+
+    scan(body, first, some)
+
+
+def test_a_plate_inside_a_scan():
+    """Latents of every step and row: density at a batch by hand, the epoch's mean that of all data;
+    rows of parameters for all steps. A plate made in the body is refused by its name."""
+    y = jax.random.normal(KEY, (3, N))
+    chains = vi.from_numpyro(series, y)
+    assert chains.latents["z"].plates == (None, "rows")
+    z, first = 0.5 * y, jnp.linspace(-1.0, 1.0, N)
+
+    @jax.jit
+    def at(index):
+        some = {"mu": 0.3, "first": first[index], "z": z[:, index]}
+        return chains.log_density({}, some, vi.Batch(chains.data, {"rows": index}))
+
+    def by_hand(index):
+        before = jnp.concatenate([first[None], z[:-1]])[:, index]
+        rows = dist.Normal(0.3, 1.0).log_prob(first[index]).sum()
+        rows += dist.Normal(0.3 * before, 1.0).log_prob(z[:, index]).sum()
+        rows += dist.Normal(z[:, index], 1.0).log_prob(y[:, index]).sum()
+        return dist.Normal(0.0, 1.0).log_prob(0.3) + N / len(index) * rows
+
+    found = [at(index["rows"]) for index in epochs(("rows", N, B))]
+    for index, density in zip(epochs(("rows", N, B)), found, strict=True):
+        np.testing.assert_allclose(density, by_hand(index["rows"]), rtol=1e-5)
+    np.testing.assert_allclose(jnp.mean(jnp.stack(found)), by_hand(jnp.arange(N)), rtol=1e-5)
+    guide = vi.guides.mean_field(chains)
+    params = vi.init_params(guide.declared, KEY)["guide"]
+    assert params["z"]["loc"].shape == (N, 3)
+
+    def made_inside(y):
+        def body(carry, y):
+            with numpyro.plate("rows", N, subsample_size=B):
+                numpyro.sample("y", dist.Normal(0.0, 1.0), obs=numpyro.subsample(y, 0))
+            return carry, None
+
+        scan(body, 0.0, y)
+
+    with pytest.raises(ValueError, match=r"inside a scan[\s\S]*plate 'rows'[\s\S]*with rows"):
+        vi.from_numpyro(made_inside, y)
 
 
 def _other_size():

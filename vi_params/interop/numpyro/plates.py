@@ -5,6 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from numpyro.contrib.control_flow.scan import scan_wrapper
 from numpyro.primitives import Messenger
 
 from vi_params._check import explain
@@ -39,6 +40,9 @@ class WithRows(Messenger):
         """Sets the rows of a plate; lets a parameter that is reduced already through."""
         if msg["type"] == "param" and msg["name"] in self.taken:
             msg["kwargs"] = {**msg["kwargs"], "event_dim": None}
+        if msg["type"] == "control_flow" and msg["fn"] is scan_wrapper:
+            body, *rest = msg["args"]
+            msg["args"] = (_Body(body), *rest)
         if msg["type"] != "plate":
             return
         name, (size, subsample_size) = msg["name"], msg["args"]
@@ -70,6 +74,24 @@ class WithRows(Messenger):
             msg["value"] = jnp.arange(subsample_size or size)
         elif subsampled:
             msg["value"], msg["args"] = jnp.arange(size), (size, size)
+
+
+class _Body(Messenger):
+    """The body of a scan, which no handler outside of it can see into."""
+
+    def process_message(self, msg: Any) -> None:
+        """Refuses a plate whose rows would have to be drawn anew in every step."""
+        if msg["type"] == "plate" and msg["value"] is None:
+            name, (size, subsample_size) = msg["name"], msg["args"]
+            raise ValueError(
+                explain(
+                    "A subsampled plate is made inside a scan.",
+                    expected="a plate made before the scan and entered inside it",
+                    received=f"numpyro.plate({name!r}, {size}, {subsample_size}) in its body",
+                    where=f"plate {name!r}",
+                    hint=f"{name} = numpyro.plate(...) before the scan, `with {name}:` in its body",
+                )
+            )
 
 
 def with_rows(
