@@ -59,6 +59,7 @@ class Stream:
         self.data = data
         self.batches = iter(data)
         self.again = self.batches is not data
+        self.fed = objective.fed
         self.taken = self.in_epoch = 0
         self.first: dict[str, tuple] | None = None
 
@@ -92,7 +93,7 @@ class Stream:
                 )
             )
         batch = resolve(self.objective, batch)
-        require_fed(self.objective.fed, batch, f"batch {self.taken}")
+        require_fed(self.fed, batch, f"batch {self.taken}")
         found = {
             path: (jnp.shape(leaf), jnp.result_type(leaf))
             for path, leaf in leaves_by_path(batch).items()
