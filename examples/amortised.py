@@ -171,7 +171,7 @@ def adam_from_nothing(declared):
 @jax.jit
 def exact(y, mean, sd):
     """Mean and standard deviation of every patient's level, on a grid."""
-    z = jnp.linspace(-10.0, 12.0, 2_000)
+    z = jnp.linspace(-10.0, 12.0, 500)
 
     def one(y):
         log_p = dist.Normal(mean, sd).log_prob(z)
@@ -229,7 +229,7 @@ def tell(name, found, seconds=0.0):
 def main():
     """Fits and reports."""
     y, later = simulate(jax.random.key(0)), simulate(jax.random.key(5))
-    target, some = vi.from_numpyro(model, y), slice(0, 2_000)
+    target, some = vi.from_numpyro(model, y), slice(0, 1_000)
 
     print(f"{'errors of':28s} {'means':>8s} {'scales':>8s} {'seconds':>8s}")
     encoders, trained = {}, {}
