@@ -86,15 +86,68 @@ def test_row_updates_lead_to_the_posterior(estimator):
     np.testing.assert_allclose(found["scale"], 0.5**0.5, rtol=0.1)
 
 
-def test_rows_from_outside_cannot_have_parameters():
-    """A local latent whose rows come batch by batch is refused by name."""
+def fed(y):
+    """Rows from outside: the plate's indices are not used."""
+    with numpyro.plate("rows", N, subsample_size=y.shape[0]):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.sample("y", dist.Normal(z, 1.0), obs=y)
 
-    def fed(y):
-        with numpyro.plate("rows", 10, subsample_size=2):
-            z = numpyro.sample("z", dist.Normal(0.0, 1.0))
-            numpyro.sample("y", dist.Normal(z, 1.0), obs=y)
 
+def test_rows_from_outside_have_parameters_where_they_say_which_they_are():
+    """At the same noise a vi.Batch of rows from outside makes the step that the same rows of whole
+    data make; a fit moves every row that came, and draws are made of the rows asked for."""
+    y = np.linspace(-2.0, 2.0, N, dtype=np.float32)
+    parts = [np.array([4, 1]), np.array([5, 0])]
+    reached = []
+    for model, data in ((fed, y[:2]), (groups, y)):
+        local = vi.from_numpyro(model, jnp.asarray(data))
+        guide = vi.guides.mean_field(local, init={"z": jnp.zeros(N)}, init_scale=0.5)
+        objective = vi.elbo(local, guide)
+        svi = vi.svi(objective, optax.sgd(0.02))
+        state, update = svi.init(KEY), jax.jit(svi.update)
+        for i, rows in enumerate(parts):
+            noise = guide.noise(jax.random.fold_in(KEY, i), 1)
+            if model is groups:
+                noise = objective.noise(KEY)._replace(noise=noise)
+            batch = vi.Batch({"y": y[rows] if model is fed else y}, {"rows": rows})
+            state, info = update(state, noise, batch)
+        reached.append((state.params, info.loss))
+        if model is fed:
+            batches = [vi.Batch({"y": y[rows]}, {"rows": rows}) for rows in parts]
+            options = {"num_steps": 10, "progress": False, "stop": vi.stopping.never(every=10)}
+            fit = vi.fit(objective, optax.sgd(0.02), key=KEY, data=batches, **options)
+            moved = np.flatnonzero(fit.params["guide"]["z"]["loc"])
+            np.testing.assert_array_equal(moved, [0, 1, 4, 5])
+            assert vi.draws(local, guide, fit.params, KEY, 4, batches[0])["z"].shape == (4, 2)
+            assert guide.sample(fit.params, KEY).latents["z"].shape == (N,)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *reached)
+
+
+def test_rows_from_outside_that_do_not_say_which_they_are():
+    """Refused by the name of the plate: batches without row numbers, with others than they have, or
+    none at all; families that have no rows."""
     outside = vi.from_numpyro(fed, jnp.zeros(2))
-    for family in (vi.guides.mean_field, vi.guides.full_rank, vi.guides.delta):
-        with pytest.raises(ValueError, match=r"all 10 rows of plate 'rows'[\s\S]*latent 'z'"):
+    guide = vi.guides.mean_field(outside)
+    objective = vi.elbo(outside, guide)
+    params = vi.init_params(guide.declared, KEY)
+
+    def fit(data):
+        vi.fit(objective, optax.sgd(0.1), key=KEY, data=data, progress=False, num_steps=2)
+
+    y = {"y": jnp.zeros(2)}
+    unnamed = r"do not say which rows[\s\S]*plate 'rows'"
+    with pytest.raises(ValueError, match=unnamed):
+        fit([y])
+    with pytest.raises(ValueError, match=unnamed):
+        fit(None)
+    with pytest.raises(ValueError, match=unnamed):
+        vi.draws(outside, guide, params, KEY, 2)
+    with pytest.raises(ValueError, match=unnamed):
+        objective.loss(params, KEY, y)
+    with pytest.raises(ValueError, match=r"do not match[\s\S]*2 row numbers[\s\S]*plate 'rows'"):
+        fit([vi.Batch(y, {"rows": jnp.arange(3)})])
+    for family in (vi.guides.full_rank, vi.guides.delta):
+        with pytest.raises(ValueError, match=rf"all {N} rows of plate 'rows'[\s\S]*latent 'z'"):
             family(outside)
+    with pytest.raises(ValueError, match=r"batch of this latent's rows[\s\S]*latent 'z'"):
+        vi.guides.mean_field(outside, init=init_to_value(values={}))

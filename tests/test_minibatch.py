@@ -10,6 +10,7 @@ import optax
 import pytest
 from numpyro import distributions as dist
 from numpyro import handlers
+from numpyro.contrib.control_flow import scan
 from numpyro.distributions import constraints
 from numpyro.infer.util import log_density
 
@@ -261,6 +262,7 @@ def test_misuse_names_the_plate():
     """Rows out of range, unknown plates, plates of another size: errors that name them."""
     svi, _ = jitted_run()
     state, data = svi.init(KEY), objective().data
+    family = vi.init_params(vi.guides.mean_field(target()).declared, KEY)
 
     def step(index):
         return svi.step(state, KEY, vi.Batch(data, index))
@@ -271,6 +273,18 @@ def test_misuse_names_the_plate():
         step({"row": jnp.array([0, 1])})
     with pytest.raises(TypeError, match=r"int array[\s\S]*plate 'rows'"):
         step({"rows": jnp.array([0.0, 1.0])})
+    two = {"z": jnp.ones(2), "w": jnp.zeros(2), "tau": jnp.float32(0.0)}
+    for call in (
+        lambda at: target().log_density({}, two, at),
+        lambda at: vi.draws(target(), objective().guide, state.params, KEY, 3, at),
+        lambda at: vi.diagnose(target(), objective().guide, state.params, KEY, at),
+        lambda at: target().constrain({}, two, at),
+        lambda at: vi.guides.mean_field(target()).sample(family, KEY, at),
+    ):
+        with pytest.raises(ValueError, match=r"from 0 to 5[\s\S]*\[-1\][\s\S]*plate 'rows'"):
+            call(vi.Batch(data, {"rows": jnp.array([0, -1])}))
+        with pytest.raises(KeyError, match=r"unknown: 'row'[\s\S]*did you mean 'rows'"):
+            call(vi.Batch(data, {"row": jnp.array([0, 1])}))
     with pytest.raises(ValueError, match=r"size has changed[\s\S]*6 rows[\s\S]*4 rows"):
         objective().loss(state.params, KEY, {"x": X[:4], "y": Y[:4]})
     with pytest.raises(ValueError, match=r"two sizes[\s\S]*'rows': 6[\s\S]*'rows': 4"):
@@ -280,6 +294,113 @@ def test_misuse_names_the_plate():
     unreduced = unreduced._replace(distributions=None)
     with pytest.raises(ValueError, match=r"the batch's rows[\s\S]*latent 'z'[\s\S]*plates=\('rows"):
         vi.elbo(target(), unreduced)
+
+
+def test_parameters_that_do_not_follow_the_rows_are_named():
+    """A param site without event_dim, a misspelt plate: refused when the guide meets the target; a
+    program that writes its batch size into a shape, when it is traced: the plate is named."""
+
+    def without_event_dim():
+        numpyro.sample("w", dist.Normal(jnp.zeros(2), 1.0).to_event(1))
+        numpyro.sample("tau", dist.LogNormal(0.0, 1.0))
+        with numpyro.plate("rows", N, subsample_size=B):
+            numpyro.sample("z", dist.LogNormal(numpyro.param("loc", jnp.zeros(N)), 1.0))
+
+    with pytest.raises(ValueError, match=r"plate 'rows' \(2 of 6\)[\s\S]*loc of shape \(6,\)"):
+        vi.elbo(target(), vi.numpyro_guide(without_event_dim))
+
+    misspelt = vi.guide(
+        {"z": vi.Param(jnp.zeros(N), plates=("row",))},
+        lambda v: {
+            "w": dist.Normal(jnp.zeros(2), 1.0).to_event(1),
+            "tau": dist.LogNormal(0.0, 1.0),
+            "z": dist.LogNormal(v["z"], 1.0),
+        },
+    )
+    with pytest.raises(KeyError, match=r"unknown: 'row'[\s\S]*parameter 'z'[\s\S]*mean 'rows'"):
+        vi.elbo(target(), misspelt)
+
+    def rigid(y):
+        with numpyro.plate("rows", N, subsample_size=B):
+            numpyro.sample("z", dist.Normal(jnp.zeros(B), 1.0))
+            numpyro.sample("y", dist.Normal(0.0, 1.0), obs=numpyro.subsample(y, 0))
+
+    with pytest.raises(ValueError, match="broadcast") as raised:
+        vi.from_numpyro(rigid, Y)
+    assert "subsampled plates 'rows' (6)" in "".join(raised.value.__notes__)
+
+
+def test_rows_that_the_program_fixes_are_kept():
+    """A handler's indices stay: the density is NumPyro's, no rows are drawn, and a batch on top of
+    them is refused."""
+    index = jnp.array([4, 1])
+    fixed = handlers.substitute(conjugate, {"rows": jnp.array([4, 1, 0, 2, 5])})
+    kept = vi.from_numpyro(fixed, Y)
+    assert kept.subsample == {}
+    ours = kept.log_density({}, {"mu": 0.3}, kept.data)
+    np.testing.assert_allclose(ours, log_density(fixed, (Y,), {}, {"mu": 0.3})[0], rtol=1e-6)
+    with pytest.raises(ValueError, match=r"two ways[\s\S]*plate 'rows'"):
+        kept.log_density({}, {"mu": 0.3}, vi.Batch(kept.data, {"rows": index}))
+    outside = handlers.substitute(conjugate, {"rows": jnp.array([0, 1, 2, 3, N])})
+    with pytest.raises(ValueError, match=r"from 0 to 5[\s\S]*plate 'rows'"):
+        vi.from_numpyro(outside, Y)
+
+
+def series(y):
+    """A series for every row: the plate is made before the scan and entered in its body."""
+    mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+    rows = numpyro.plate("rows", N, subsample_size=B)
+    with rows:
+        some = numpyro.subsample(y, 0)
+        first = numpyro.sample("first", dist.Normal(mu, 1.0))
+
+    def body(z, y):
+        with rows:
+            z = numpyro.sample("z", dist.Normal(mu * z, 1.0))
+            numpyro.sample("y", dist.Normal(z, 1.0), obs=y)
+        return z, None
+
+    scan(body, first, some)
+
+
+def test_a_plate_inside_a_scan():
+    """Latents of every step and row: density at a batch by hand, the epoch's mean that of all data;
+    rows of parameters for all steps. A plate made in the body is refused by its name."""
+    y = jax.random.normal(KEY, (3, N))
+    chains = vi.from_numpyro(series, y)
+    assert chains.latents["z"].plates == (None, "rows")
+    z, first = 0.5 * y, jnp.linspace(-1.0, 1.0, N)
+
+    @jax.jit
+    def at(index):
+        some = {"mu": 0.3, "first": first[index], "z": z[:, index]}
+        return chains.log_density({}, some, vi.Batch(chains.data, {"rows": index}))
+
+    def by_hand(index):
+        before = jnp.concatenate([first[None], z[:-1]])[:, index]
+        rows = dist.Normal(0.3, 1.0).log_prob(first[index]).sum()
+        rows += dist.Normal(0.3 * before, 1.0).log_prob(z[:, index]).sum()
+        rows += dist.Normal(z[:, index], 1.0).log_prob(y[:, index]).sum()
+        return dist.Normal(0.0, 1.0).log_prob(0.3) + N / len(index) * rows
+
+    found = [at(index["rows"]) for index in epochs(("rows", N, B))]
+    for index, density in zip(epochs(("rows", N, B)), found, strict=True):
+        np.testing.assert_allclose(density, by_hand(index["rows"]), rtol=1e-5)
+    np.testing.assert_allclose(jnp.mean(jnp.stack(found)), by_hand(jnp.arange(N)), rtol=1e-5)
+    guide = vi.guides.mean_field(chains)
+    params = vi.init_params(guide.declared, KEY)["guide"]
+    assert params["z"]["loc"].shape == (N, 3)
+
+    def made_inside(y):
+        def body(carry, y):
+            with numpyro.plate("rows", N, subsample_size=B):
+                numpyro.sample("y", dist.Normal(0.0, 1.0), obs=numpyro.subsample(y, 0))
+            return carry, None
+
+        scan(body, 0.0, y)
+
+    with pytest.raises(ValueError, match=r"inside a scan[\s\S]*plate 'rows'[\s\S]*with rows"):
+        vi.from_numpyro(made_inside, y)
 
 
 def _other_size():

@@ -296,6 +296,43 @@ def test_batches_of_enumerated_rows_average_to_the_whole():
     np.testing.assert_allclose(average, density({}, mean, target.data), rtol=1e-6)
 
 
+def series(y):
+    """Hidden Markov chains in a subsampled plate, made before the scan."""
+    mean = numpyro.sample("mean", dist.Normal(0, 1).expand([2]).to_event(1))
+    rows = numpyro.plate("rows", y.shape[1], subsample_size=2)
+    with rows:
+        some = numpyro.subsample(y, 0)
+
+    def body(k, y):
+        with rows:
+            k = numpyro.sample("k", dist.Categorical(jnp.array([[0.9, 0.1], [0.2, 0.8]])[k]))
+            numpyro.sample("y", dist.Normal(mean[k], 1.0), obs=y)
+        return k, None
+
+    scan(body, jnp.zeros(some.shape[1], int), some)
+
+
+def test_batches_of_chains_average_to_the_whole():
+    """So it is along a scan: each row by the forward algorithm, drawn for a batch as for all."""
+    y, mean = jnp.stack([Y, Y[::-1], 0.5 * Y]), jnp.array([-0.5, 1.0])
+    target = vi.from_numpyro(series, y, enumerate=True)
+    move = jnp.log(jnp.array([[0.9, 0.1], [0.2, 0.8]]))
+
+    def forward(y):
+        alpha = jnp.array([0.0, -jnp.inf])
+        for one in y:
+            alpha = jax.nn.logsumexp(alpha[:, None] + move, 0) + dist.Normal(mean, 1).log_prob(one)
+        return jax.nn.logsumexp(alpha)
+
+    expected = jax.vmap(forward)(y.T).sum() + dist.Normal().log_prob(mean).sum()
+    batches = [vi.Batch(target.data, {"rows": jnp.array(rows)}) for rows in ([2, 0], [1, 3])]
+    density = jax.jit(target.log_density)
+    average = np.mean([density({}, {"mean": mean}, batch) for batch in batches])
+    np.testing.assert_allclose(average, expected, rtol=1e-5)
+    drawn = vi.infer_discrete(target, {"mean": mean}, jax.random.key(0), batches[0])
+    assert drawn["k"].shape == (3, 2)
+
+
 def with_missing_labels(x, label, known):
     """Labels of which some are known: numpyro masks the others, and the likelihood of the known."""
     mean = numpyro.sample("mean", dist.Normal(0, 1).expand([2]).to_event(1))
@@ -475,7 +512,24 @@ def branching(y):
     numpyro.sample("y", dist.Normal(k, 1.0), obs=y)
 
 
+def reduced(y):
+    """A sum over all axes, that of the values among them."""
+    k = numpyro.sample("k", dist.Bernoulli(0.3))
+    with numpyro.plate("rows", 4):
+        numpyro.sample("y", dist.Normal(jnp.sum(k), 1.0), obs=y)
+
+
+def picked(y):
+    """The first of the values, for all of them, in a deterministic site on the way."""
+    with numpyro.plate("rows", 4):
+        k = numpyro.sample("k", dist.Categorical(jnp.array([0.5, 0.3, 0.2])))
+    first = numpyro.deterministic("first", jnp.ravel(k)[0])
+    numpyro.factor("term", -1.0 * first)
+
+
 REFUSED = {
+    "reduced over its values": (reduced, ["not on each of its values", "site 'y'", "'k'"]),
+    "picked from its values": (picked, ["not on each of its values", "site 'term'", "'k'"]),
     "infinite support": (poisson, ["no finite support", "Poisson", "'k'", "Categorical"]),
     "vector": (vector, ["event shape (4,)", "'k'", "numpyro.plate"]),
     "batch without plate": (batch, ["batch axis that is no plate", "[-1]", "'k'"]),

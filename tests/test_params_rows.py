@@ -106,3 +106,18 @@ def test_bounds_of_the_other_axes_are_allowed():
     params = vi.init_params(declared, KEY)
     rows = vi.take_rows(declared, params, {"users": jnp.array([1])})
     np.testing.assert_allclose(vi.constrain(declared, rows)["x"], [[0.5, 0.5]], rtol=1e-6)
+
+
+def test_rows_that_do_not_exist_or_repeat_are_named():
+    """An index out of range, and a row put twice: errors that name parameter and plate."""
+    declared = {"loc": vi.Param(jnp.zeros(4), plates=("users",))}
+    params = {"loc": jnp.arange(4.0)}
+    for call in (
+        lambda index: vi.take_rows(declared, params, index),
+        lambda index: vi.put_rows(declared, params, {"loc": jnp.zeros(2)}, index),
+    ):
+        for rows in ([0, 4], [-1, 0]):
+            with pytest.raises(ValueError, match=r"from 0 to 3[\s\S]*loc, plate 'users'"):
+                call({"users": jnp.array(rows)})
+    with pytest.raises(ValueError, match=r"put twice[\s\S]*loc, plate 'users'"):
+        vi.put_rows(declared, params, {"loc": jnp.zeros(2)}, {"users": jnp.array([1, 1])})

@@ -174,6 +174,33 @@ def test_optimisers_without_rows_are_refused():
         vi.svi(objective(), optax.sgd(0.1), batches=vi.batches.shuffled)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.adafactor(0.05),
+        optax.sm3(0.05),
+        optax.novograd(0.05),
+        optax.contrib.prodigy(),
+        optax.MultiSteps(optax.adam(0.05), 2).gradient_transformation(),
+        optax.chain(optax.clip_by_global_norm(0.5), optax.inject_hyperparams(optax.adam)(0.05)),
+    ],
+    ids=["adafactor", "sm3", "novograd", "prodigy", "multi_steps", "chain"],
+)
+def test_a_batch_of_all_rows_is_the_dense_step(optimizer):
+    """Whatever an optimiser keeps, row by row or not: with all rows in the batch, in another order,
+    the steps by rows are the dense ones."""
+    data = vi.Batch(objective().data, {"rows": jnp.array([3, 0, 1, 5, 2, 4])})
+    reached = []
+    for updates in (vi.updates.rows(), vi.updates.dense()):
+        svi = vi.svi(objective(), optimizer, updates=updates)
+        state, step = svi.init(KEY), jax.jit(svi.step)
+        for i in range(3):
+            state, _ = step(state, jax.random.fold_in(KEY, i), data)
+        reached.append(state.params)
+    assert_same(*reached, rtol=1e-5, atol=1e-6)
+
+
 def test_an_axis_that_is_not_the_plate_s_size_is_refused():
     """A parameter or latent whose leading axis is not its plate's size is named."""
     target = objective().target

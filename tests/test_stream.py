@@ -71,6 +71,28 @@ def test_batches_make_the_steps_that_svi_makes():
     )
 
 
+class Tensor:
+    """What JAX sees of an array of another library: a shape, and what NumPy makes of it."""
+
+    def __init__(self, rows):
+        self.rows, self.shape, self.dtype = rows, rows.shape, "another.float32"
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.rows, dtype)
+
+
+class Loader:
+    """What a data loader is: iterable again and again, its batches mappings of such arrays."""
+
+    def __iter__(self):
+        return iter([{"y": Tensor(batch["y"])} for batch in BATCHES])
+
+
+def test_a_loader_of_another_library_s_arrays():
+    """Batches of arrays that only NumPy understands are the same batches, epoch after epoch."""
+    np.testing.assert_array_equal(fit(Loader(), 12).losses, fit(BATCHES, 12).losses)
+
+
 def test_a_generator_that_ends_ends_the_fit():
     """What was reached is returned, and the status says that the data ended."""
     found = fit(iter(BATCHES), restarts=2)
@@ -94,7 +116,9 @@ def _failing():
             ["batch 3, y", "(10, 2)"],
         ),
         (lambda: iter([*BATCHES[:3], {"y": np.arange(4)}]), ["batch 3, y", "int32"]),
-        (lambda: iter([*BATCHES[:3], Y[:4]]), ["Batch 3", "structure of the data"]),
+        (lambda: iter([*BATCHES[:3], Y[:4]]), ["Batch 3", "structure of the data", "{'y': ...}"]),
+        (lambda: iter([*BATCHES[:3], None]), ["Batch 3", "A batch is None"]),
+        (lambda: iter([*BATCHES[:3], {"y": np.zeros(21, np.float32)}]), ["Batch 3", "'rows'"]),
     ],
 )
 def test_a_batch_that_fails_loses_nothing(data, fragments):
@@ -118,8 +142,11 @@ def test_no_first_batch_is_an_error():
     """Nothing to start with raises: an empty list, a used-up generator, a batch of another kind."""
     with pytest.raises(ValueError, match=r"no batch to start with[\s\S]*ended after 0 batches"):
         fit([])
-    with pytest.raises(ValueError, match=r"no batch to start with[\s\S]*unknown: 'x'"):
-        fit(iter([{"x": Y[:4]}]))
+    for data in (iter([{"x": Y[:4]}]), [{"x": Y[:4]}]):
+        with pytest.raises(ValueError, match=r"no batch to start with[\s\S]*unknown: 'x'"):
+            fit(data)
+    with pytest.raises(ValueError, match=r"name what a loader yields: \{'y': ...\}"):
+        fit([(Y[:4],)])
 
 
 def test_a_callback_and_a_stopping_rule_end_it():

@@ -1,21 +1,23 @@
 """A target and a guide together: their parameters, their data, and whether their latents agree."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 
 from vi_params._check import explain, require_names
-from vi_params._tree import abstract_key, fold_in_name, is_traced, merge
-from vi_params.batches.batch import Batch
+from vi_params._tree import abstract_key, fold_in_name, is_traced, leaves_by_path, merge
+from vi_params.batches.batch import Batch, require_rows, split
 from vi_params.guide import SINGLE, Draw, Guide
-from vi_params.params import Latent, constrain, init_params
+from vi_params.params import Latent, init_params
 from vi_params.params.declare import bijector, constraint_name, is_unbounded
 from vi_params.params.maps import abstract_params
 from vi_params.params.rows import plates_of
 from vi_params.sites import Site, is_point_mass
 from vi_params.target import EMPTY, Target, require_draw
+from vi_params.target.fed import fed, require_fed
 from vi_params.target.minibatch import require_plates
 
 
@@ -56,7 +58,10 @@ def matched(target: Target, guide: Guide) -> Guide:
             plate: jax.ShapeDtypeStruct((batch,), jnp.int32)
             for plate, batch in target.subsample.items()
         }
-        at_batch = jax.eval_shape(guide.sample, params, key, Batch(data, index)).latents
+        try:
+            at_batch = jax.eval_shape(guide.sample, params, key, Batch(data, index)).latents
+        except (TypeError, ValueError) as error:
+            raise _unlike_rows(target, joint_declared(target, guide), error) from error
         require_draw(at_batch, target.latents, "the guide at a batch", index)
     return guide
 
@@ -73,17 +78,47 @@ def _in_plates(target: Target, guide: Guide) -> Guide:
                 where="target and guide",
             )
         )
-    require_plates(plates_of(joint_declared(target, guide)), target.plates, "declared")
+    axes = plates_of(joint_declared(target, guide))
+    require_plates(axes, target.plates, "declared")
+    if target.subsample and target.see is None:  # a program, all of whose plates are known
+        known = {**guide.plates, **target.plates}
+        for path, (plates, _) in axes.items():
+            where = f"plates of parameter {path!r}"
+            require_names(plates, list(known), what="plates", where=where, complete=False)
     if guide.in_plates is None:
         return guide
     plates = {name: latent.plates for name, latent in target.latents.items()}
     if SINGLE not in plates and len(plates) == 1:
         plates[SINGLE] = next(iter(plates.values()))
-    return guide.in_plates(plates, target.plates, target.see or _see_whole)
+    return guide.in_plates(plates, target.plates, target.see or partial(_see, target.streamed))
 
 
-def _see_whole(data: Any) -> Any:
-    if isinstance(data, Batch):
+def _unlike_rows(target: Target, declared: Any, error: Exception) -> ValueError:
+    """Why a guide that runs at all rows might not run at those of a batch."""
+    sizes, plated = dict(target.sizes.values()), plates_of(declared)
+    plates = ", ".join(
+        f"plate {n!r} ({batch} of {size})" for n, (size, batch) in target.sizes.items()
+    )
+    suspects = [
+        f"{path} of shape {leaf.shape}"
+        for path, leaf in leaves_by_path(abstract_params(declared)).items()
+        if path not in plated and leaf.shape[:1] and leaf.shape[0] in sizes
+    ]
+    return ValueError(
+        explain(
+            "The guide runs at all rows and not at a batch's.",
+            expected=f"values, data and latents that follow the rows of {plates}",
+            received=f"{type(error).__name__}: {error}",
+            where=f"the guide at a batch{', parameters ' * bool(suspects)}{', '.join(suspects)}",
+            hint='parameters of its rows are Param(..., plates=("rows",)), or numpyro.param(..., '
+            "event_dim=) inside the plate; data go through numpyro.subsample or the plate's rows",
+        )
+    )
+
+
+def _see(streamed: Mapping[str, int], data: Any) -> Any:
+    data, index = split(data)
+    if not set(index) <= set(streamed):
         raise ValueError(
             explain(
                 "Only the NumPyro model knows which of its arrays have rows.",
@@ -105,7 +140,17 @@ def joint_declared(target: Target, guide: Guide) -> dict[str, Any]:
 
 
 def joint_data(target: Target, guide: Guide) -> Any:
-    """The target's data, with what the guide takes beside them."""
+    """The target's data, with what the guide takes beside them.
+
+    Where parameters have rows of a plate fed from outside, they stand for its first rows.
+    """
+    data = _joint(target, guide)
+    sizes = fed(target, joint_declared(target, guide))
+    index = {plate: jnp.arange(batch) for plate, (_, batch) in sizes.items()}
+    return Batch(data, index) if index else data
+
+
+def _joint(target: Target, guide: Guide) -> Any:
     if guide.data is None:
         return target.data
     if target.data is None:
@@ -123,6 +168,14 @@ def joint_data(target: Target, guide: Guide) -> Any:
     return {**guide.data, **target.data}
 
 
+def given_data(target: Target, guide: Guide, data: Any, where: str) -> Any:
+    """The data to look at: those given, the rows of a batch checked, or those of both together."""
+    data = _joint(target, guide) if data is None else data
+    require_rows(data, {**guide.plates, **target.plates}, f"{where}, data")
+    require_fed(fed(target, joint_declared(target, guide)), data, f"{where}, data")
+    return data
+
+
 def guide_sites(target: Target, guide: Guide) -> dict[str, Site]:
     """The sites of a guide, for what is static in them; empty where it is not known by sites."""
     found: dict[str, Site] = {}
@@ -136,21 +189,6 @@ def guide_sites(target: Target, guide: Guide) -> dict[str, Site]:
         params = abstract_params(joint_declared(target, guide))
         jax.eval_shape(look, params, abstract_key(), joint_data(target, guide))
     return found
-
-
-def knows_priors(target: Target) -> bool:
-    """Whether the target tells the distribution of each latent from the rest of its density."""
-    sites = target.sites
-    if sites is None:
-        return False
-    found: dict[str, Site] = {}
-
-    def look(params: Any, latents: Any, data: Any) -> None:
-        found.update(sites(constrain(target.declared, params), latents, data))
-
-    latents = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in target.latents.items()}
-    jax.eval_shape(look, abstract_params(target.declared), latents, target.data)
-    return all(name in found for name in target.latents)
 
 
 def without_gradient(target: Target, guide: Guide) -> tuple[str, ...]:

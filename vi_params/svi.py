@@ -89,7 +89,8 @@ def svi(
     require_instance(updates, Updates, "vi.updates.rows()", "vi.svi, updates")
     rule = optax.with_extra_args_support(optimizer)
     sizes = objective.sizes
-    lens = updates.bind(objective.declared, rule.init, sizes, not batches.repeats)
+    plates = {**sizes, **objective.fed}
+    lens = updates.bind(objective.declared, rule.init, plates, not batches.repeats)
 
     def evaluate(params: Any, noise: Any, data: Any) -> tuple[jax.Array, jax.Array]:
         """The loss and its gradient's norm, of the batch's rows alone where these are updated."""

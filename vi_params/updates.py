@@ -136,6 +136,10 @@ class _Axes(tuple):
     """The plates of a leaf's leading axes: a tuple that JAX takes for a leaf."""
 
 
+class _Names(list):
+    """The same while they are being found: a list that JAX takes for a leaf."""
+
+
 def _map_axes(f: Callable[..., Any], axes: Any, tree: Any, *rest: Any) -> Any:
     """`f(plates, leaf, ...)` at every leaf that has plates; the last tree's leaf elsewhere."""
 
@@ -158,7 +162,7 @@ def _params_axes(declared: Declared, params: Any, used: list[str]) -> Any:
 def _state_axes(init: Callable[[Any], Any], params: Any, axes: Any, used: list[str]) -> Any:
     """The same for an optimiser's state: an axis has the plate with whose size it grows."""
     before = jax.eval_shape(init, params)
-    found = jax.tree.map(lambda leaf: [None] * leaf.ndim, before)
+    found = jax.tree.map(lambda leaf: _Names([None] * leaf.ndim), before)
     for plate in used:
 
         def longer(plates: _Axes, leaf: Any, plate: str = plate) -> Any:
@@ -169,7 +173,7 @@ def _state_axes(init: Callable[[Any], Any], params: Any, axes: Any, used: list[s
 
         after = jax.eval_shape(init, jax.tree.map(longer, axes, params))
         for (path, names), old, new in zip(
-            jax.tree_util.tree_leaves_with_path(found, is_leaf=lambda x: isinstance(x, list)),
+            jax.tree_util.tree_leaves_with_path(found),
             jax.tree.leaves(before),
             jax.tree.leaves(after),
             strict=True,
@@ -181,16 +185,14 @@ def _state_axes(init: Callable[[Any], Any], params: Any, axes: Any, used: list[s
                 if more:
                     names[axis] = plate
 
-    def prefix(path: tuple, names: list, leaf: Any) -> _Axes:
+    def prefix(path: tuple, names: _Names, leaf: Any) -> _Axes:
         while names and names[-1] is None:
             names.pop()
         if names and names[0] is None and not any(_shares(names, a) for a in jax.tree.leaves(axes)):
             raise _no_rows(path_name(path), leaf.shape, next(filter(None, names)))
         return _Axes(names)
 
-    return jax.tree_util.tree_map_with_path(
-        prefix, found, before, is_leaf=lambda x: isinstance(x, list)
-    )
+    return jax.tree_util.tree_map_with_path(prefix, found, before)
 
 
 def _shares(names: list, plates: _Axes) -> bool:

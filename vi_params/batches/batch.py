@@ -22,7 +22,8 @@ class Batch:
     under jit, where their values are not known, the loss is NaN and the step is skipped.
 
     Attributes:
-        data: the data, whole: their rows are taken where they are used.
+        data: the data, whole: their rows are taken where they are used. Of a plate whose data come
+            from outside batch by batch, the rows themselves.
         index: plate -> int array of shape `(batch,)`. Plates that it lacks keep all their rows.
         taken: whether parameters with those plates come already reduced to these rows (as the
             drivers hand them on); static.
@@ -75,6 +76,12 @@ def put_axes(
         return rows
     place = at[0] if len(at) == 1 else jnp.ix_(*at)
     return x.at[place].set(rows, mode="drop")
+
+
+def require_rows(data: Any, sizes: Mapping[str, int], where: str) -> None:
+    """Raises where `data` are a `Batch` of unknown plates or of rows that do not exist."""
+    if isinstance(data, Batch):
+        require_index(data.index, sizes, where)
 
 
 def require_index(index: Mapping[str, Any], sizes: Mapping[str, int], where: str) -> None:

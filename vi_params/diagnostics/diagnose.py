@@ -12,7 +12,7 @@ from vi_params._cache import program
 from vi_params._check import require_count, require_key
 from vi_params.guide import Guide
 from vi_params.importance.weigh import Weighted, weigh
-from vi_params.matching import joint_data, matched
+from vi_params.matching import given_data, matched
 from vi_params.target import Target
 
 
@@ -105,7 +105,7 @@ def diagnose(
     require_count(num_draws, "num_draws", "diagnose", least=25)
     if batch_size is not None:
         require_count(batch_size, "batch_size", "diagnose")
-    data = joint_data(target, guide) if data is None else data
+    data = given_data(target, guide, data, "diagnose")
     return program(_diagnose, target, guide, num_draws, batch_size)(params, key, data)
 
 

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from vi_params._cache import program
 from vi_params._check import explain, require_count, require_instance, require_key, require_names
 from vi_params._tree import abstract_key, pick
+from vi_params.batches.batch import require_rows, split
 from vi_params.params import constrain, init_params
-from vi_params.target import Target
+from vi_params.target import Target, shape_at
 
 
 def infer_discrete(
@@ -97,6 +98,7 @@ def infer_discrete(
             )
         )
     data = target.data if data is None else data
+    require_rows(data, target.plates, "infer_discrete, data")
     latents, shape = _latents(target, draws, data)
     compiled = program(_infer, target, int(temperature), batch_size)
     flat = compiled(params, latents, key, data)
@@ -139,19 +141,19 @@ def _latents(target: Target, draws: Any, data: Any) -> tuple[dict[str, jax.Array
     require_names(named, list(target.latents), what="latents", where="infer_discrete")
     found, leading = {}, {}
     for name, latent in target.latents.items():
-        value = jnp.asarray(draws[name])
-        split = value.ndim - len(latent.shape)
-        if split < 0 or value.shape[split:] != latent.shape:
+        value, shape = jnp.asarray(draws[name]), shape_at(latent, split(data)[1])
+        before = value.ndim - len(shape)
+        if before < 0 or value.shape[before:] != shape:
             raise ValueError(
                 explain(
                     "A latent has the wrong shape.",
-                    expected=f"shape {latent.shape}, after any leading axes of draws",
+                    expected=f"shape {shape}, after any leading axes of draws",
                     received=f"shape {value.shape}",
                     where=f"infer_discrete, latent {name!r}",
                 )
             )
-        leading[name] = value.shape[:split]
-        found[name] = value.reshape(math.prod(leading[name]), *latent.shape)
+        leading[name] = value.shape[:before]
+        found[name] = value.reshape(math.prod(leading[name]), *shape)
     if len(set(leading.values())) > 1:
         raise ValueError(
             explain(
@@ -169,7 +171,8 @@ def _deterministic_names(target: Target, data: Any) -> set[str]:
 
     def at_start(key: jax.Array) -> Any:
         values = constrain(target.declared, init_params(target.declared, key))
-        latents = {name: jnp.zeros(z.shape, z.dtype) for name, z in target.latents.items()}
+        index = split(data)[1]
+        latents = {n: jnp.zeros(shape_at(z, index), z.dtype) for n, z in target.latents.items()}
         return target.deterministic(values, latents, data)
 
     return set(jax.eval_shape(at_start, abstract_key()))

@@ -10,7 +10,7 @@ from vi_params._check import require_count, require_key
 from vi_params._over import over
 from vi_params._tree import pick
 from vi_params.guide import Guide
-from vi_params.matching import joint_data, matched
+from vi_params.matching import given_data, matched
 from vi_params.params import constrain
 from vi_params.target import Target
 
@@ -56,7 +56,7 @@ def draws(
     require_count(num_draws, "num_draws", "draws")
     if batch_size is not None:
         require_count(batch_size, "batch_size", "draws")
-    data = joint_data(target, guide) if data is None else data
+    data = given_data(target, guide, data, "draws")
     return program(_draws, target, guide, num_draws, batch_size)(params, key, data)
 
 

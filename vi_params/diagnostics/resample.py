@@ -10,7 +10,7 @@ from vi_params._check import require_count, require_key
 from vi_params._tree import pick
 from vi_params.guide import Guide
 from vi_params.importance.weigh import pick_draws, weigh
-from vi_params.matching import joint_data, matched
+from vi_params.matching import given_data, matched
 from vi_params.params import constrain
 from vi_params.target import Target
 
@@ -66,7 +66,7 @@ def resample(
     require_count(num_proposals, "num_proposals", "resample", least=25)
     if batch_size is not None:
         require_count(batch_size, "batch_size", "resample")
-    data = joint_data(target, guide) if data is None else data
+    data = given_data(target, guide, data, "resample")
     sizes = num_draws, num_proposals, batch_size
     return program(_resample, target, guide, *sizes)(params, key, data)
 

@@ -13,9 +13,10 @@ from vi_params.estimators.shares import (
     Shares,
     dependence,
     exact_sites,
+    knows_priors,
     shares_of,
 )
-from vi_params.matching import guide_sites, knows_priors, without_gradient
+from vi_params.matching import guide_sites, without_gradient
 
 
 def mixed(*, baseline: Baseline | None = None) -> Estimator:

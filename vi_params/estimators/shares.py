@@ -17,7 +17,10 @@ from numpyro.ops.provenance import eval_provenance
 
 from vi_params._tree import is_traced
 from vi_params.estimators.estimator import Problem, model_values_of, times
+from vi_params.params import constrain
+from vi_params.params.maps import abstract_params
 from vi_params.sites import Site, Term, is_point_mass
+from vi_params.target import Target
 
 Key = tuple[str, str]
 """What a term is: one of "model", "guide", "divergence", and the name of its site."""
@@ -195,3 +198,18 @@ def _same(a: Any, b: Any) -> bool:
     if a is b:
         return True
     return not is_traced(a, b) and bool(np.all(np.asarray(a) == np.asarray(b)))
+
+
+def knows_priors(target: Target) -> bool:
+    """Whether the target tells the distribution of each latent from the rest of its density."""
+    sites = target.sites
+    if sites is None:
+        return False
+    found: dict[str, Site] = {}
+
+    def look(params: Any, latents: Any, data: Any) -> None:
+        found.update(sites(constrain(target.declared, params), latents, data))
+
+    latents = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in target.latents.items()}
+    jax.eval_shape(look, abstract_params(target.declared), latents, target.data)
+    return all(name in found for name in target.latents)

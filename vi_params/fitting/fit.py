@@ -23,9 +23,9 @@ from vi_params.fitting.lanes import CONVERGED, INVALID, RUNNING, STUCK, Lanes, P
 from vi_params.fitting.optimizer import default_optimizer
 from vi_params.fitting.result import Final, Fit, Progress, Status, assemble
 from vi_params.fitting.stopping import Stopping, plateau
-from vi_params.fitting.stream import Stream, feed, is_stream, require_batch
+from vi_params.fitting.stream import feed, first_data
 from vi_params.fitting.sweep import combinations, require_injected
-from vi_params.objectives.objective import Measure, Objective, resolve
+from vi_params.objectives.objective import Measure, Objective
 from vi_params.params import init_params
 from vi_params.svi import TRIES, require_params
 from vi_params.updates import Updates
@@ -73,17 +73,18 @@ def fit(
         key: a typed random key.
         num_steps: how many steps to make at most.
         data: the data; the objective's own where None. Or batches: any Python iterable (a list, a
-            generator, a torch DataLoader) of trees like the objective's data, one for each step.
-            The next one is made and sent while a step computes. What can be iterated again starts
-            again at its end; a generator ends the fit. A batch that does not fit ends it too: what
-            was reached is returned, with a warning and the status DATA_FAILED.
+            generator, a torch DataLoader) of trees like the objective's data, one for each step:
+            for a NumPyro model by the names of its arguments, and where parameters have rows of the
+            plate that is fed a `vi.Batch(data, {plate: row numbers})`. The next one is made and
+            sent while a step computes. What can be iterated again starts again at its end; a
+            generator ends the fit. A batch that does not fit ends it too: what was reached is
+            returned, with a warning and the status DATA_FAILED.
         restarts: how many starts to fit.
         stop: when to stop before `num_steps`: `vi.stopping.plateau()` by default (its tolerance
             that of the objective's measure), or `vi.stopping.never()`.
         progress: whether to show a progress bar.
         params: unconstrained parameters to start from, for one restart.
-        callbacks: functions of a `Progress`, called after every compiled call; one that returns
-            True ends the fit.
+        callbacks: functions of a `Progress`, called after every call; True from one ends the fit.
         batches: how the rows of subsampled plates are drawn: `vi.batches.shuffled()` by default.
         updates: which rows a step updates: `vi.updates.rows()` by default, `vi.updates.dense()`.
         sweep: option -> values, of options that `optax.inject_hyperparams` put into the optimiser's
@@ -111,8 +112,7 @@ def fit(
     require_key(key, "fit")
     require_count(num_steps, "num_steps", "fit")
     require_count(restarts, "restarts", "fit")
-    stream = Stream(objective, data) if is_stream(objective, data) else None
-    data = require_batch(stream) if stream else resolve(objective, data)
+    stream, data = first_data(objective, data)
     if params is not None:
         if restarts > 1:
             raise ValueError(

@@ -14,6 +14,10 @@ from vi_params.batches.batch import split
 from vi_params.fitting.interrupt import Interrupt
 from vi_params.fitting.lanes import RUNNING, Lanes, Programs
 from vi_params.objectives.objective import Objective, resolve
+from vi_params.target.fed import require_fed
+
+END = object()
+"""What comes after the last batch."""
 
 
 class Ended(NamedTuple):
@@ -34,9 +38,11 @@ def is_stream(objective: Objective, data: Any) -> bool:
         return False
     if isinstance(data, Iterator):
         return True
-    own = jax.tree.structure(objective.data)
-    if isinstance(data, (list, tuple)):  # a tree as well: of batches, if the first is one
-        return not data or jax.tree.structure(split(data[0])[0]) == own
+    own = split(objective.data)[0]
+    if isinstance(data, (list, tuple)):  # a tree as well: of batches, unless it is one of arrays
+        if not data or jax.tree.structure(split(data[0])[0]) == jax.tree.structure(own):
+            return True
+        return not isinstance(own, (list, tuple)) and not jax.tree_util.all_leaves(data)
     return not hasattr(data, "dtype") and jax.tree_util.all_leaves([data])
 
 
@@ -53,19 +59,20 @@ class Stream:
         self.data = data
         self.batches = iter(data)
         self.again = self.batches is not data
+        self.fed = objective.fed
         self.taken = self.in_epoch = 0
         self.first: dict[str, tuple] | None = None
 
     def take(self) -> Any:
         """The next batch on the device, or `Ended`."""
         try:
-            batch = next(self.batches, None)
-            if batch is None and self.again and self.in_epoch:
+            batch = next(self.batches, END)
+            if batch is END and self.again and self.in_epoch:
                 self.batches, self.in_epoch = iter(self.data), 0
-                batch = next(self.batches, None)
+                batch = next(self.batches, END)
         except Exception as error:  # whatever a loader raises, the steps made so far are kept
             return Ended(True, f"The iterable raised after {self.taken} batches: {error!r}")
-        if batch is None:
+        if batch is END:
             return Ended(False, f"The data ended after {self.taken} batches.")
         try:
             batch = self._checked(batch)
@@ -76,7 +83,17 @@ class Stream:
         return batch
 
     def _checked(self, batch: Any) -> Any:
+        if batch is None:
+            raise TypeError(
+                explain(
+                    "A batch is None.",
+                    expected="the rows of a batch",
+                    received="None",
+                    where=f"batch {self.taken}",
+                )
+            )
         batch = resolve(self.objective, batch)
+        require_fed(self.fed, batch, f"batch {self.taken}")
         found = {
             path: (jnp.shape(leaf), jnp.result_type(leaf))
             for path, leaf in leaves_by_path(batch).items()
@@ -103,6 +120,15 @@ class Stream:
                     )
                 )
         return batch
+
+
+def first_data(objective: Objective, data: Any) -> tuple[Stream | None, Any]:
+    """The stream and its first batch; or None and the data, where they are no stream."""
+    if is_stream(objective, data):
+        stream = Stream(objective, data)
+        return stream, require_batch(stream)
+    require_fed(objective.fed, data, "fit, data")
+    return None, resolve(objective, data)
 
 
 def require_batch(stream: Stream) -> Any:

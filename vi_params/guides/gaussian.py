@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from numpyro.distributions import constraints
 
-from vi_params._check import explain
+from vi_params._check import explain, require_instance
 from vi_params.batches.batch import split, take_axes
 from vi_params.guide import Draw, Guide, pick_own, sampler
 from vi_params.guides.by_site import sites_of_normals
@@ -81,7 +81,7 @@ def mean_field(
         >>> guide.sample(params, jax.random.key(1)).latents["z"].shape
         (2,)
     """
-    require_whole_plates(target, "vi.guides.mean_field")
+    require_instance(target, Target, "vi.target or vi.from_numpyro", "vi.guides.mean_field, target")
     if has_local(target):
         return local_mean_field(target, init, positive(init_scale), name)
     dim = flat(target).dim

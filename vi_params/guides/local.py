@@ -7,6 +7,8 @@ u = loc + scale e, e standard normal, and z = T(u) the constrained latents,
     log q = sum_global log q(z) + (N / B) sum_{rows of the batch} log q(z_i).
 """
 
+import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -45,6 +47,7 @@ def local_mean_field(target: Target, init: Any, init_scale: float, name: str) ->
         name: the name of the parameters, `{latent: {"loc": shape, "scale": shape}}`: the
             unconstrained shape, the axes of subsampled plates in front.
     """
+    target = _at_all_rows(target, init)
     declared = {
         name: {
             site: {
@@ -140,7 +143,30 @@ def local_mean_field(target: Target, init: Any, init_scale: float, name: str) ->
 
 def _axes(target: Target, latent: Latent) -> tuple[int, ...]:
     """The axes of a latent that subsampled plates index."""
-    return tuple(axis for axis, plate in enumerate(latent.plates) if plate in target.subsample)
+    local = {*target.subsample, *target.streamed}
+    return tuple(axis for axis, plate in enumerate(latent.plates) if plate in local)
+
+
+def _at_all_rows(target: Target, init: Any) -> Target:
+    """The target with latents of all rows, where it has those of a batch from outside."""
+    whole = {}
+    for site, latent in target.latents.items():
+        n = [target.plates[str(p)] if p in target.streamed else None for p in latent.plates]
+        if any(n) and (latent.is_dynamic or callable(init)):
+            raise ValueError(
+                explain(
+                    "Only a batch of this latent's rows can be seen at a time.",
+                    expected="init=None or a mapping, and a support that depends on nothing",
+                    received="init_to_..." if callable(init) else "a support that depends on more",
+                    where=f"vi.guides.mean_field, latent {site!r}",
+                )
+            )
+        shapes = [latent.shape, latent.unconstrained_shape or ()]
+        filled = [
+            tuple(size or old for size, old in itertools.zip_longest(n, shape)) for shape in shapes
+        ]
+        whole[site] = dataclasses.replace(latent, shape=filled[0], unconstrained_shape=filled[1])
+    return target._replace(latents=whole) if target.streamed else target
 
 
 def _plates(target: Target, latent: Latent) -> tuple[str, ...]:

@@ -73,8 +73,8 @@ def require_whole_plates(target: Target, where: str) -> None:
                         expected=f"all {target.plates[plate]} rows of plate {plate!r}",
                         received=f"shape {latent.shape}",
                         where=f"{where}, latent {name!r}",
-                        hint="use a guide that computes it from the batch (vi.numpyro_guide), or "
-                        "give the model all data and take rows by the plate's indices",
+                        hint="vi.guides.mean_field gives every row parameters; or use a guide that "
+                        "computes the latent from the batch (vi.numpyro_guide)",
                     )
                 )
 

@@ -11,8 +11,9 @@ from vi_params._check import explain, require_count, require_instance
 from vi_params._tree import abstract_key, is_traced, merge
 from vi_params.estimators import Estimator, pathwise
 from vi_params.estimators.estimator import Problem, log_joint
+from vi_params.estimators.shares import knows_priors
 from vi_params.guide import Guide
-from vi_params.matching import joint_data, joint_declared, knows_priors, matched
+from vi_params.matching import joint_data, joint_declared, matched
 from vi_params.noise import Noise, iid
 from vi_params.objectives.objective import Aux, Objective, objective
 from vi_params.target import Target

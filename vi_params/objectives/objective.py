@@ -15,6 +15,7 @@ from vi_params.guide import Guide
 from vi_params.params.declare import Declared
 from vi_params.params.rows import rows_at
 from vi_params.target import Target
+from vi_params.target.fed import fed, require_fed
 
 
 class Aux(NamedTuple):
@@ -100,6 +101,11 @@ class Objective(NamedTuple):
         """What `Target.sizes` says of the subsampled plates."""
         return {} if self.target is None else self.target.sizes
 
+    @property
+    def fed(self) -> Mapping[str, tuple[int, int]]:
+        """The same of the plates fed from outside whose rows parameters have."""
+        return {} if self.target is None else fed(self.target, self.declared)
+
 
 def objective(
     declared: Declared,
@@ -116,8 +122,9 @@ def objective(
 
     Where it is `scheduled`, `evaluate` takes the number of the step as a fourth argument.
     """
-    structure = jax.tree.structure(data)
+    structure = jax.tree.structure(split(data)[0])
     sizes, plates = ({}, {}) if target is None else (target.sizes, target.plates)
+    from_outside = {} if target is None else fed(target, declared)
 
     def draw(key: jax.Array) -> Any:
         if not sizes:
@@ -132,6 +139,7 @@ def objective(
             noise = noise.noise
         if structure.num_leaves:
             require_structure(structure, split(data)[0])
+        require_fed(from_outside, data, "objective")
         at = (step,) if scheduled else ()
         if isinstance(data, Batch):
             require_index(data.index, plates, "objective")
@@ -164,7 +172,7 @@ def resolve(owner: Objective | Target, data: Any) -> Any:
         require_index(data.index, owner.plates, "data")
         index = {plate: jnp.asarray(rows) for plate, rows in data.index.items()}
         return Batch(resolve(owner, data.data), index)
-    structure = jax.tree.structure(owner.data)
+    structure = jax.tree.structure(split(owner.data)[0])
     if structure.num_leaves:
         require_structure(structure, data)
     return jax.tree.map(strong, data)
@@ -179,12 +187,16 @@ def require_structure(structure: Any, data: Any) -> None:
         require_names(
             list(leaves_by_path(data)), list(leaves_by_path(expected)), what="data", where="data"
         )
+    hint = "pass data of the structure of objective.data, or build a new objective"
+    if isinstance(expected, Mapping) and not isinstance(data, Mapping):
+        names = ", ".join(f"{name!r}: ..." for name in expected)
+        hint = f"name what a loader yields: {{{names}}}"
     raise ValueError(
         explain(
             "The structure of the data has changed.",
             expected=str(structure),
             received=str(jax.tree.structure(data)),
             where="data",
-            hint="pass data of the structure of objective.data, or build a new objective",
+            hint=hint,
         )
     )

@@ -9,10 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vi_params._check import explain, require_names
-from vi_params._tree import flatten_like, leaves_by_path
-from vi_params.batches.batch import Batch, put_axes, take_axes
+from vi_params._tree import flatten_like, is_traced, leaves_by_path
+from vi_params.batches.batch import Batch, put_axes, require_index, take_axes
 from vi_params.params.declare import Declared, Param, bijector, constraint_name, normalise
 from vi_params.params.maps import abstract_params
 
@@ -32,7 +33,8 @@ def take_rows(declared: Declared, params: Any, index: Mapping[str, jax.Array]) -
     Raises:
         KeyError: a plate that no parameter is annotated with.
         TypeError: an index that is not a vector of ints.
-        ValueError: a constraint whose bounds differ between the rows of a plate in `index`.
+        ValueError: rows that do not exist (under jit, where their values are not known, the nearest
+            is taken), or a constraint whose bounds differ between the rows of a plate in `index`.
 
     Example:
         >>> declared = {"loc": vi.Param(jnp.arange(4.0), plates=("users",))}
@@ -42,6 +44,7 @@ def take_rows(declared: Declared, params: Any, index: Mapping[str, jax.Array]) -
     index = _checked(declared, index, "take_rows")
 
     def take(param: Param, path: str, leaf: jax.Array) -> jax.Array:
+        _require_inside(param, f"take_rows, {path}", leaf, index)
         _require_like_rows(param, path, leaf, index)
         return take_axes(leaf, param.plates, index)
 
@@ -90,7 +93,8 @@ def put_rows(declared: Declared, params: Any, rows: Any, index: Mapping[str, jax
     Raises:
         KeyError: a plate that no parameter is annotated with, or names that do not match.
         TypeError: an index that is not a vector of ints.
-        ValueError: rows of another shape than `take_rows` gives.
+        ValueError: rows of another shape than `take_rows` gives; rows that do not exist or occur
+            twice (under jit, where their values are not known, the former are dropped).
 
     Example:
         >>> declared = {"loc": vi.Param(jnp.zeros(3), plates=("users",))}
@@ -102,6 +106,7 @@ def put_rows(declared: Declared, params: Any, rows: Any, index: Mapping[str, jax
 
     def put(param: Param, path: str, leaf: jax.Array, new: jax.Array) -> jax.Array:
         leaf, shape = jnp.asarray(leaf), list(jnp.shape(leaf))
+        _require_inside(param, f"put_rows, {path}", leaf, index, distinct=True)
         for axis, plate in enumerate(param.plates):
             if plate in index:
                 shape[axis] = len(index[plate])
@@ -157,6 +162,25 @@ def _checked(declared: Declared, index: Mapping[str, Any], where: str) -> dict[s
                 )
             )
     return {plate: jnp.asarray(rows) for plate, rows in index.items()}
+
+
+def _require_inside(
+    param: Param, where: str, leaf: Any, index: Mapping[str, Any], distinct: bool = False
+) -> None:
+    """Raises where an index, if its values are known, has rows that a leaf has not."""
+    for plate, size in zip(param.plates, jnp.shape(leaf), strict=False):
+        if plate in index:
+            require_index({plate: index[plate]}, {plate: size}, where)
+            rows = index[plate]
+            if distinct and not is_traced(rows) and len(np.unique(rows)) < len(rows):
+                raise ValueError(
+                    explain(
+                        "A row is put twice.",
+                        expected="distinct rows",
+                        received=f"{np.asarray(rows)[:10].tolist()}",
+                        where=f"{where}, plate {plate!r}",
+                    )
+                )
 
 
 def _require_like_rows(param: Param, path: str, leaf: Any, index: Mapping[str, Any]) -> None:

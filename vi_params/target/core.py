@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from vi_params._check import explain, require_names
 from vi_params._tree import pick
-from vi_params.batches.batch import row_scale, split
+from vi_params.batches.batch import require_rows, row_scale, split
 from vi_params.params import Latent, constrain_with_log_det, unconstrain
 from vi_params.params.declare import Declared
 from vi_params.sites import Site
@@ -37,6 +37,8 @@ class Target(NamedTuple):
         terms: `(values, latents, data) -> mapping` of the named terms that sum to the log density.
         start: `(strategy, key) -> u`: a start by one of numpyro's `init_to_*` strategies.
         subsample: plate -> batch size, of the plates whose rows are drawn in every step.
+        streamed: plate -> batch size, of the plates whose data come from outside batch by batch:
+            `data` then hold the rows of one batch, and a `vi.Batch` of them says which these are.
         see: `data -> data`: the data as the log density sees them, at a batch its rows; None where
             only the model itself knows which arrays have rows.
         sites: `(values, latents, data) -> mapping` of the `Site`s of a program, or of a plain
@@ -57,6 +59,7 @@ class Target(NamedTuple):
     terms: Callable[[Any, Any, Any], dict[str, jax.Array]]
     start: Callable[[Any, jax.Array], dict[str, jax.Array]]
     subsample: Mapping[str, int] = EMPTY
+    streamed: Mapping[str, int] = EMPTY
     see: Callable[[Any], Any] | None = None
     sites: Callable[[Any, Any, Any], dict[str, Site]] | None = None
     simulate: Callable[[Any, jax.Array, Any], tuple[Any, Any]] | None = None
@@ -86,6 +89,7 @@ def build(
     constrain: Callable[..., Any] | None = None,
     unconstrain: Callable[..., Any] | None = None,
     subsample: Mapping[str, int] = EMPTY,
+    streamed: Mapping[str, int] = EMPTY,
     see: Callable[[Any], Any] | None = None,
     sites: Callable[[Any, Any, Any], dict[str, Site]] | None = None,
     infer_discrete: Callable[..., dict[str, jax.Array]] | None = None,
@@ -93,6 +97,7 @@ def build(
     """A `Target` from its parts, with checks at every trace and the maps of fixed supports."""
 
     def checked(values: Any, latents_: Any, data: Any) -> jax.Array:
+        require_rows(data, plates, "log_density, data")
         require_draw(latents_, latents, "log_density", split(data)[1])
         value = log_density(values, latents_, data)
         if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
@@ -107,18 +112,28 @@ def build(
             )
         return value
 
+    def at_known_rows(f: Callable[..., Any], where: str) -> Callable[..., Any]:
+        def at(values: Any, latents_: Any, data: Any) -> Any:
+            require_rows(data, plates, f"{where}, data")
+            return f(values, latents_, data)
+
+        return at
+
+    constrain = constrain or (lambda values, u, data: _constrain(latents, u, plates))
+    unconstrain = unconstrain or (lambda values, x, data: _unconstrain(latents, x))
     return Target(
         latents=dict(latents),
         log_density=checked,
         declared=declared,
         data=data,
         plates=dict(plates),
-        constrain=constrain or (lambda values, u, data: _constrain(latents, u, plates)),
-        unconstrain=unconstrain or (lambda values, x, data: _unconstrain(latents, x)),
-        deterministic=deterministic,
+        constrain=at_known_rows(constrain, "constrain"),
+        unconstrain=at_known_rows(unconstrain, "unconstrain"),
+        deterministic=at_known_rows(deterministic, "deterministic"),
         terms=terms or (lambda values, x, data: {"log_density": checked(values, x, data)}),
         start=start,
         subsample=dict(subsample),
+        streamed=dict(streamed),
         see=see,
         sites=sites,
         infer_discrete=infer_discrete,

@@ -116,11 +116,20 @@ def discover(
         ValueError: a site that cannot be handled: mutable state, a batch that is larger than its
             plate.
     """
+    seen: dict[str, tuple[int, int]] = {}
     try:
-        return _discover(program, call, prepare, {}, discrete)
-    except (ValueError, TypeError):
+        return _discover(program, call, prepare, {}, discrete, seen)
+    except (ValueError, TypeError) as error:
         streamed = _streamed(program, call, prepare)
         if not streamed:
+            if seen:
+                plates = ", ".join(f"{name!r} ({size})" for name, (size, _) in seen.items())
+                error.add_note(
+                    "(This was raised while the program ran over all rows of its subsampled plates "
+                    f"{plates}. Shapes inside of a plate must follow the rows that it is given: "
+                    "take data by numpyro.subsample or the plate's indices, and write no batch "
+                    "size but in subsample_size.)"
+                )
             raise
     return _discover(program, call, prepare, streamed, discrete)
 
@@ -131,8 +140,9 @@ def _discover(
     prepare: Prepare,
     streamed: dict[str, int],
     discrete: Callable[..., Any] | None,
+    seen: dict[str, tuple[int, int]] | None = None,
 ) -> Found:
-    program = with_rows(program, None, {}, {}, streamed)
+    program = with_rows(program, None, {}, {}, streamed, seen)
     first: dict[str, Any] = {}
 
     def params_of(key: jax.Array, data: Any) -> dict[str, Any]:

@@ -18,10 +18,12 @@ from vi_params.interop.numpyro.contraction import (
     root,
     sampling,
 )
-from vi_params.interop.numpyro.dependence import depends
+from vi_params.interop.numpyro.dependence import dependents, depends
 from vi_params.interop.numpyro.discover import Found, trace
+from vi_params.interop.numpyro.discrete import Discrete
 from vi_params.interop.numpyro.tables import graph_of
 from vi_params.params import constrain, init_params
+from vi_params.target import EMPTY
 
 
 class Summed(NamedTuple):
@@ -74,10 +76,12 @@ def sum_out(at: Callable[[Any], tuple], data: Any, found: Found) -> Summed:
         program, args, kwargs = at_one(data)
         return trace(handlers.substitute(program, data=dict(given)), args, kwargs)
 
-    def graph(values: Any, latents: Any, data: Any) -> tuple[Graph, dict[str, jax.Array]]:
+    def graph(
+        values: Any, latents: Any, data: Any, probes: Mapping[str, jax.Array] = EMPTY
+    ) -> tuple[Graph, dict[str, jax.Array]]:
         program, *call = at(data)
         fixed_values = handlers.substitute(program, data=dict(values))
-        return graph_of(fixed_values, call, latents, discrete, found.nesting)
+        return graph_of(fixed_values, call, latents, discrete, found.nesting, probes)
 
     def terms(values: Any, latents: Any, data: Any) -> dict[str, jax.Array]:
         tables, found = graph(values, latents, data)
@@ -117,6 +121,7 @@ def sum_out(at: Callable[[Any], tuple], data: Any, found: Found) -> Summed:
     depend = depends(moving, drawn, values, latents, data)
     _require_fixed_supports([name for name in found.latents if depend[name]])
     jax.eval_shape(terms, values, latents, data)
+    _require_along_axes(graph, discrete, values, latents, data)
     dependents = frozenset(name for name in depend if depend[name])
     return Summed(at_one, terms, dependents, infer)
 
@@ -141,6 +146,40 @@ def _index(chosen: Factor, name: str, graph: Graph) -> jax.Array:
     others = [n for n in chosen.names if n in graph.scopes and n != name]
     table = jnp.sum(chosen.table, tuple(chosen.names.index(n) for n in others))
     return jnp.argmax(table, [n for n in chosen.names if n not in others].index(name))
+
+
+def _require_along_axes(
+    graph: Callable[..., tuple[Graph, dict[str, jax.Array]]],
+    discrete: Mapping[str, Discrete],
+    *inputs: Any,
+) -> None:
+    """Raises where a program reduces over the values of a discrete latent, mixing them.
+
+    A table that depends on the values has an axis for them, or they were summed, averaged or picked
+    on the way. Looked at where no loop hides what depends on what.
+    """
+    names: dict[str, tuple[str, ...]] = {}
+
+    def tables(probes: Mapping[str, jax.Array], *inputs: Any) -> dict[str, jax.Array]:
+        found, terms = graph(*inputs, probes)
+        names.update({factor.sites[0]: factor.names for factor in found.factors})
+        return {**terms, **{factor.sites[0]: factor.table for factor in found.factors}}
+
+    several = [name for name, known in discrete.items() if len(known.values) > 1]
+    found = dependents(tables, {name: jnp.bool_(True) for name in several}, *inputs)
+    for latent, sites in (found or {}).items():
+        for site in sites:
+            if latent not in names.get(site, ()):
+                raise ValueError(
+                    explain(
+                        "A site depends on a discrete latent, but not on each of its values apart.",
+                        expected=f"one term for each value of {latent!r}",
+                        received="one for all of them: the program reduces over its values",
+                        where=f"site {site!r}, discrete latent {latent!r}",
+                        hint="inside the program the latent has an axis on the left for its "
+                        "values: index with it and broadcast, and name the axes of sums (axis=-1)",
+                    )
+                )
 
 
 def _require_fixed_supports(names: list[str]) -> None:

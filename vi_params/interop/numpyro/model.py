@@ -45,14 +45,16 @@ def from_numpyro(
     on them; `vi.draws` leaves those out. A masked discrete site adds nothing; `handlers.scale` acts
     before the sum, the scale of a subsampled plate after it. Inside the program a discrete latent
     has an extra axis on the left for its values: index with it (`mean[z]`) and broadcast, without
-    reshaping or reducing it; and put what depends on it into its plates. Needs the extra
-    `enumerate` (funsor).
+    reshaping or reducing it (seen and refused only where that takes the axis away, outside of
+    loops); and put what depends on it into its plates. Needs the extra `enumerate` (funsor).
 
     Plates with `subsample_size` are minibatched: `vi.svi` and `vi.fit` draw their rows in every
     step, for model and guide alike, and NumPyro's scale N / B makes the estimate unbiased. Called
     with all data, as by `vi.draws` and `vi.diagnose`, the same model runs over all rows. A model of
     such a plate that is handed a batch of rows only, and does not use the plate's indices, is for
-    `vi.fit(..., data=iterable)`.
+    `vi.fit(..., data=iterable)`. A subsampled plate inside a scan is made before it and entered in
+    its body. Where parameters have rows of such a plate, every batch says which
+    rows it holds, `vi.Batch({"y": rows}, {"plate": their numbers})`.
 
     Args:
         model: a NumPyro program; handlers such as `reparam`, `scale` and `mask` may wrap it.
@@ -168,6 +170,7 @@ def from_numpyro(
         start=start,
         plates=found.plates,
         subsample={n: size for n, size in found.subsample.items() if n not in found.streamed},
+        streamed=found.streamed,
         terms=terms,
         sites=sites if summed is None else None,
         constrain=constrain if dynamic else None,

@@ -5,10 +5,11 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from numpyro.contrib.control_flow.scan import scan_wrapper
 from numpyro.primitives import Messenger
 
 from vi_params._check import explain
-from vi_params.batches.batch import Batch
+from vi_params.batches.batch import Batch, require_index
 
 
 class WithRows(Messenger):
@@ -39,10 +40,16 @@ class WithRows(Messenger):
         """Sets the rows of a plate; lets a parameter that is reduced already through."""
         if msg["type"] == "param" and msg["name"] in self.taken:
             msg["kwargs"] = {**msg["kwargs"], "event_dim": None}
+        if msg["type"] == "control_flow" and msg["fn"] is scan_wrapper:
+            body, *rest = msg["args"]
+            msg["args"] = (_Body(body), *rest)
         if msg["type"] != "plate":
             return
         name, (size, subsample_size) = msg["name"], msg["args"]
         drawn = subsample_size is not None and subsample_size != size
+        if drawn and msg["value"] is not None:
+            _require_free(name, size, msg["value"], self.index)
+            return
         subsampled = drawn or name in self.index
         if subsample_size is not None and drawn:
             require_fitting(name, size, subsample_size)
@@ -60,11 +67,31 @@ class WithRows(Messenger):
             )
         if name in self.index:
             rows = jnp.asarray(self.index[name])
+            if name in self.streamed:
+                _require_as_many(name, subsample_size or size, len(rows))
             msg["value"], msg["args"] = rows, (size, len(rows))
         elif name in self.streamed:
             msg["value"] = jnp.arange(subsample_size or size)
         elif subsampled:
             msg["value"], msg["args"] = jnp.arange(size), (size, size)
+
+
+class _Body(Messenger):
+    """The body of a scan, which no handler outside of it can see into."""
+
+    def process_message(self, msg: Any) -> None:
+        """Refuses a plate whose rows would have to be drawn anew in every step."""
+        if msg["type"] == "plate" and msg["value"] is None:
+            name, (size, subsample_size) = msg["name"], msg["args"]
+            raise ValueError(
+                explain(
+                    "A subsampled plate is made inside a scan.",
+                    expected="a plate made before the scan and entered inside it",
+                    received=f"numpyro.plate({name!r}, {size}, {subsample_size}) in its body",
+                    where=f"plate {name!r}",
+                    hint=f"{name} = numpyro.plate(...) before the scan, `with {name}:` in its body",
+                )
+            )
 
 
 def with_rows(
@@ -94,6 +121,34 @@ def with_rows(
         if data.taken and any(plate in data.index for plate in param.plates)
     }
     return WithRows(program, data.index, sizes, local, streamed, seen)
+
+
+def _require_as_many(name: str, in_data: int, in_index: int) -> None:
+    """Raises unless a batch from outside has as many rows as numbers of rows."""
+    if in_data != in_index:
+        raise ValueError(
+            explain(
+                "The data of a batch and their row numbers do not match.",
+                expected=f"{in_data} row numbers, one for each row of the data",
+                received=str(in_index),
+                where=f"plate {name!r}",
+            )
+        )
+
+
+def _require_free(name: str, size: int, rows: Any, index: Mapping[str, Any]) -> None:
+    """Raises where the rows that a handler of the program fixes are not all there is to them."""
+    if name in index:
+        raise ValueError(
+            explain(
+                "The rows of a plate are given in two ways.",
+                expected="either a handler of the program that fixes them, or a batch",
+                received="both",
+                where=f"plate {name!r}",
+                hint="build the target from the program without that handler",
+            )
+        )
+    require_index({name: rows}, {name: size}, "the program's own indices")
 
 
 def require_fitting(name: str, size: int, subsample_size: Any) -> None:

@@ -23,6 +23,7 @@ from vi_params._check import explain
 from vi_params.interop.numpyro.contraction import Factor, Graph, root
 from vi_params.interop.numpyro.discover import LOCK, trace
 from vi_params.interop.numpyro.discrete import Discrete, import_funsor
+from vi_params.target import EMPTY
 
 TIME = "_time_"
 """What numpyro's scan puts before the name of a time axis."""
@@ -34,6 +35,7 @@ def graph_of(
     latents: Mapping[str, jax.Array],
     discrete: Mapping[str, Discrete],
     nesting: int,
+    probes: Mapping[str, jax.Array] = EMPTY,
 ) -> tuple[Graph, dict[str, jax.Array]]:
     """The tables of a program at given continuous latents.
 
@@ -43,6 +45,8 @@ def graph_of(
         latents: its continuous latents.
         discrete: its discrete latents.
         nesting: how many axes its plates and batches take up.
+        probes: name -> a scalar that the values of a discrete latent are made to depend on, for
+            whoever wants to see what depends on them.
 
     Returns:
         The tables of the sites that depend on discrete latents, and the log densities of the others
@@ -54,7 +58,7 @@ def graph_of(
     """
     funsor = import_funsor()
     first = -1 - nesting
-    marked = _Sites(program, latents, discrete)
+    marked = _Sites(program, latents, discrete, probes)
     with LOCK, _explained(), funsor.plate_to_enum_plate():
         enumerated = funsor.enum(marked, first_available_dim=first)
         sites = trace(enumerated, *call, recorder=lambda program: _Recorder(program, first))
@@ -96,10 +100,12 @@ class _Sites(Messenger):
         fn: Callable,
         latents: Mapping[str, jax.Array],
         discrete: Mapping[str, Discrete],
+        probes: Mapping[str, jax.Array],
         step: Any = None,
         reverse: bool = False,
     ) -> None:
         self.latents, self.discrete, self.step, self.reverse = latents, discrete, step, reverse
+        self.probes = probes
         super().__init__(fn)
 
     def process_message(self, msg: Any) -> None:
@@ -136,7 +142,9 @@ class _Sites(Messenger):
     def postprocess_message(self, msg: Any) -> None:
         # The recorder is further out: it has taken the index down by now.
         if msg["type"] == "sample" and not msg["is_observed"]:
-            msg["value"] = _value(msg, self.discrete)
+            msg["value"] = value = _value(msg, self.discrete)
+            if msg["name"] in self.probes:
+                msg["value"] = jnp.where(self.probes[msg["name"]], value, value)
 
     def _with_steps(
         self, fn: Callable, init: Any, xs: Any, length: int | None, reverse: bool
@@ -147,7 +155,7 @@ class _Sites(Messenger):
 
         def one(carry: Any, given: tuple[Any, Any]) -> Any:
             step, x = given
-            return _Sites(fn, self.latents, self.discrete, step, reverse)(carry, x)
+            return _Sites(fn, self.latents, self.discrete, EMPTY, step, reverse)(carry, x)
 
         return one, init, (jnp.arange(length), xs), length, reverse
 
