@@ -21,6 +21,8 @@ def over(f: Callable[[Any], Any], xs: Any, at_once: int | None = None) -> Any:
     """f of every row of `xs`, `at_once` of them side by side; all where None."""
     rows = jax.tree.leaves(xs)[0].shape[0]
     size = rows if at_once is None else min(at_once, rows)
+    if rows == 1:
+        return jax.vmap(f)(xs)
     if jax.default_backend() != "cpu":
         return jax.vmap(f)(xs) if size == rows else lax.map(f, xs, batch_size=size)
     block = jax.tree.map(lambda leaf: leaf[:size], xs)

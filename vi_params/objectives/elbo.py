@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vi_params._check import explain, require_count, require_instance
+from vi_params._over import over
 from vi_params._tree import abstract_key, is_traced, merge
 from vi_params.estimators import Estimator, pathwise
 from vi_params.estimators.estimator import Problem, log_joint
@@ -99,7 +100,7 @@ def elbo(
             one = f(jax.tree.map(lambda leaf: leaf[0], noise))
             return bound(jax.tree.map(lambda leaf: leaf[None], one))
         if batch_size is None or batch_size >= num_particles:
-            return bound(jax.vmap(f)(noise))
+            return bound(over(f, noise))
         # Without the checkpoint the gradient would keep what every batch computed.
         return bound(jax.lax.map(jax.checkpoint(f), noise, batch_size=batch_size))
 
