@@ -23,6 +23,7 @@ from vi_params import (
 from vi_params._table import Table
 from vi_params._version import __version__
 from vi_params.approximation import Approximation, NutsStart, approximate
+from vi_params.averaging import averaged, evaluation_params
 from vi_params.batches import Batch
 from vi_params.diagnostics import (
     Check,
@@ -115,6 +116,7 @@ __all__ = [
     "Target",
     "__version__",
     "approximate",
+    "averaged",
     "batches",
     "check",
     "constrain",
@@ -128,6 +130,7 @@ __all__ = [
     "elbo",
     "energy_distance",
     "estimators",
+    "evaluation_params",
     "f_divergence",
     "fisher_divergence",
     "fit",
