@@ -35,7 +35,7 @@ from vi_params.diagnostics import (
     resample,
     summary,
 )
-from vi_params.fitting import Fit, Progress, Status, fit
+from vi_params.fitting import Fit, Progress, Status, default_optimizer, fit
 from vi_params.guide import Draw, Guide, guide
 from vi_params.interop.numpyro import from_numpyro, numpyro_guide
 from vi_params.objectives import (
@@ -122,6 +122,7 @@ __all__ = [
     "constrain",
     "constrain_with_log_det",
     "cubo",
+    "default_optimizer",
     "describe",
     "diagnose",
     "diagnostics",
