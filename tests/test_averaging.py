@@ -112,6 +112,16 @@ def test_restarts_and_sweeps_share_it():
     assert_close(jax.tree.map(lambda leaf: leaf[2:], averages), own, rtol=1e-3, atol=1e-4)
 
 
+def test_eta_can_be_swept_over():
+    """Lanes that differ in eta alone have the same iterates and other averages."""
+    optimizer = optax.inject_hyperparams(vi.averaged)(optax.sgd(0.3), eta=1.0)
+    states = vi.fit(OBJECTIVE, optimizer, sweep={"eta": [0.0, 8.0]}, **OPTIONS).all_states
+    averages = jax.vmap(vi.evaluation_params)(states.opt_state, states.params)
+    iterates = states.params["guide"]["loc"]
+    np.testing.assert_allclose(iterates[0], iterates[1], rtol=1e-5)
+    assert np.all(averages["guide"]["loc"][0] != averages["guide"]["loc"][1])
+
+
 def test_a_state_goes_on():
     """Two runs of n steps are one of 2 n, averages included."""
     svi = vi.svi(OBJECTIVE, vi.averaged(optax.adam(0.1)))
