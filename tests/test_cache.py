@@ -39,6 +39,7 @@ EQUAL = {
     "hyperparameters": lambda: optax.inject_hyperparams(optax.adam)(0.1),
     "lbfgs": lambda: optax.lbfgs(),
     "schedule-free": lambda: optax.contrib.schedule_free_adamw(0.1),
+    "averaged": lambda: vi.averaged(optax.adam(0.1), eta=4.0),
     "a partial": lambda: functools.partial(jnp.add, 1.0),
     "a stopping rule": lambda: vi.stopping.plateau(window=500),
     "a lambda over a global": lambda: lambda step: RATE * step,

@@ -45,6 +45,7 @@ OPTIMIZERS = {
     "reduce_on_plateau": lambda: optax.chain(
         optax.adam(0.05), contrib.reduce_on_plateau(patience=5, accumulation_size=20)
     ),
+    "averaged": lambda: vi.averaged(optax.adam(0.05)),
     "apply_every": lambda: optax.chain(optax.adam(0.02), optax.apply_every(4)),
     "apply_if_finite": lambda: optax.apply_if_finite(optax.adam(0.05), 5),
     "clipped": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.05)),

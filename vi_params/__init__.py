@@ -23,6 +23,7 @@ from vi_params import (
 from vi_params._table import Table
 from vi_params._version import __version__
 from vi_params.approximation import Approximation, NutsStart, approximate
+from vi_params.averaging import averaged, evaluation_params
 from vi_params.batches import Batch
 from vi_params.diagnostics import (
     Check,
@@ -34,7 +35,7 @@ from vi_params.diagnostics import (
     resample,
     summary,
 )
-from vi_params.fitting import Fit, Progress, Status, fit
+from vi_params.fitting import Fit, Progress, Status, default_optimizer, fit
 from vi_params.guide import Draw, Guide, guide
 from vi_params.interop.numpyro import from_numpyro, numpyro_guide
 from vi_params.objectives import (
@@ -115,11 +116,13 @@ __all__ = [
     "Target",
     "__version__",
     "approximate",
+    "averaged",
     "batches",
     "check",
     "constrain",
     "constrain_with_log_det",
     "cubo",
+    "default_optimizer",
     "describe",
     "diagnose",
     "diagnostics",
@@ -128,6 +131,7 @@ __all__ = [
     "elbo",
     "energy_distance",
     "estimators",
+    "evaluation_params",
     "f_divergence",
     "fisher_divergence",
     "fit",

@@ -126,6 +126,20 @@ def require_instance(value: Any, kind: type, example: str, where: str) -> None:
         )
 
 
+def require_optimizer(value: Any, where: str) -> None:
+    """Raises TypeError unless `value` is an optax transformation."""
+    ours = hasattr(value, "init") and hasattr(value, "update")
+    if not ours or hasattr(value, "eval_and_update"):  # numpyro's optimisers have that
+        raise TypeError(
+            explain(
+                "An optimiser was expected.",
+                expected="an optax.GradientTransformation, such as optax.adam(1e-2)",
+                received=f"{value!r} ({type(value).__name__})",
+                where=where,
+            )
+        )
+
+
 def require_count(value: Any, name: str, where: str, least: int = 1) -> None:
     """Raises unless `value` is an int of at least `least`."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from vi_params._check import explain, require_count, require_instance, require_key
+from vi_params._check import require_count, require_instance, require_key, require_optimizer
 from vi_params._tree import abstract_key, all_finite, fold_in_name, strong
+from vi_params.averaging import average_paths
 from vi_params.batches import Scheme, shuffled
 from vi_params.objectives.objective import Objective, resolve
 from vi_params.params import init_params
@@ -53,7 +54,9 @@ def svi(
     Args:
         objective: what to minimise.
         optimizer: any `optax.GradientTransformation`. Those with extra arguments get `value`,
-            `grad` and `value_fn` (the loss at the step's own noise), as `optax.lbfgs` needs.
+            `grad` and `value_fn` (the loss at the step's own noise), as `optax.lbfgs` needs. With
+            iterate averaging (`vi.averaged`, `optax.contrib.schedule_free`) the state's params are
+            the iterates, and `vi.evaluation_params` gives the averages.
         batches: how rows are drawn: `vi.batches.shuffled()` (the default), ...
         updates: whether a step updates the rows of its batch alone, `vi.updates.rows()` (the
             default), or all of them, `vi.updates.dense()`. It matters to parameters declared with a
@@ -64,7 +67,8 @@ def svi(
 
     Raises:
         TypeError: `optimizer` is not an optax transformation.
-        ValueError: the optimiser keeps state that has no rows, under `vi.updates.rows()`.
+        ValueError: the optimiser keeps state that has no rows, or averages parameters that have
+            rows, under `vi.updates.rows()`; or it averages a parameter twice.
 
     Example:
         >>> target = vi.target(lambda v, z, d: -0.5 * jnp.sum(z["z"] ** 2), {"z": vi.Latent((2,))})
@@ -74,20 +78,12 @@ def svi(
         >>> int(state.step), bool(info.skipped)
         (1, False)
     """
-    ours = hasattr(optimizer, "init") and hasattr(optimizer, "update")
-    if not ours or hasattr(optimizer, "eval_and_update"):  # numpyro's optimisers have that
-        raise TypeError(
-            explain(
-                "An optimiser was expected.",
-                expected="an optax.GradientTransformation, such as optax.adam(1e-2)",
-                received=f"{optimizer!r} ({type(optimizer).__name__})",
-                where="optimizer",
-            )
-        )
+    require_optimizer(optimizer, "optimizer")
     batches, updates = batches or shuffled(), updates or rows()
     require_instance(batches, Scheme, "vi.batches.shuffled()", "vi.svi, batches")
     require_instance(updates, Updates, "vi.updates.rows()", "vi.svi, updates")
     rule = optax.with_extra_args_support(optimizer)
+    average_paths(jax.eval_shape(rule.init, abstract_params(objective.declared)))  # none twice
     sizes = objective.sizes
     plates = {**sizes, **objective.fed}
     lens = updates.bind(objective.declared, rule.init, plates, not batches.repeats)

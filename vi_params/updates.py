@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from vi_params._check import explain
-from vi_params._tree import path_name
+from vi_params._tree import leaves_by_path, path_name
+from vi_params.averaging import average_paths
 from vi_params.batches.batch import Batch, put_axes, take_axes
 from vi_params.params.declare import Declared, normalise
 from vi_params.params.maps import abstract_params
@@ -95,6 +96,7 @@ def _rows(
         return None
     params = abstract_params(declared)
     params_axes = _params_axes(declared, params, used)
+    _require_no_average(init, params, params_axes)
     axes = params_axes, _state_axes(init, params, params_axes, used)
 
     def lens(noise: Any, data: Any) -> Lens:
@@ -200,6 +202,23 @@ def _shares(names: list, plates: _Axes) -> bool:
     return all(name is None or name == p for name, p in zip(names, plates, strict=False)) and len(
         names
     ) <= len(plates)
+
+
+def _require_no_average(init: Callable[[Any], Any], params: Any, axes: Any) -> None:
+    """Raises where rows are averaged: an average moves at every step, a row only with its batch."""
+    averaged = average_paths(jax.eval_shape(init, params))
+    rowwise = [path for path, plates in leaves_by_path(axes).items() if plates and path in averaged]
+    if rowwise:
+        raise ValueError(
+            explain(
+                "Averages of iterates are not kept by row.",
+                expected="an optimiser without iterate averaging for parameters that have rows",
+                received=", ".join(rowwise),
+                where="optimiser, vi.updates.rows()",
+                hint="updates=vi.updates.dense(), or average the other parameters alone "
+                "(optax.multi_transform with vi.labels)",
+            )
+        )
 
 
 def _no_rows(path: str, shape: tuple[int, ...], plate: str) -> ValueError:

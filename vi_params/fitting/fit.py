@@ -68,8 +68,8 @@ def fit(
 
     Args:
         objective: what to minimise.
-        optimizer: any optax transformation; by default Adam at rate 0.1, halved whenever the loss
-            stays level.
+        optimizer: any optax transformation (`vi.averaged` around it: the average is returned); by
+            default Adam at rate 0.1, halved whenever the loss stays level.
         key: a typed random key.
         num_steps: how many steps to make at most.
         data: the data; the objective's own where None. Or batches: any Python iterable (a list, a
@@ -156,7 +156,7 @@ def fit(
     if ended is not None:
         early = Status.DATA_FAILED if ended.failed else Status.DATA_ENDED
     statuses = [early if status is Status.NUM_STEPS else status for status in statuses]
-    if len(statuses) > 1:
+    if len(statuses) > 1 or compiled.averages:
         compared = compiled.compare(lanes, final_key, data)
         final = Final(*(np.asarray(x) for x in compared))
     else:

@@ -10,10 +10,12 @@ import optax
 from jax import lax
 
 from vi_params._tree import where_tree
+from vi_params.averaging import average_paths, evaluation_params
 from vi_params.batches import Scheme
 from vi_params.fitting.stopping import Stopping
 from vi_params.fitting.sweep import with_options
 from vi_params.objectives.objective import Objective
+from vi_params.params.maps import abstract_params
 from vi_params.svi import BLOCK, Info, Start, State, accept, noise_of_steps, noise_size, svi
 from vi_params.updates import Updates
 
@@ -61,6 +63,7 @@ class Programs(NamedTuple):
         compare: `(lanes, key, data) -> (elbos, ses, ses of differences, lost)` by common random
             numbers; NaN where a lane never began. `lost` is the share of draws left out.
         capacity: how many steps one call can make.
+        averages: whether the parameters to evaluate are other than the iterates.
     """
 
     begin: Callable[..., Lanes]
@@ -69,6 +72,7 @@ class Programs(NamedTuple):
     look: Callable[..., Lanes]
     compare: Callable[..., tuple[jax.Array, jax.Array, jax.Array, jax.Array]]
     capacity: int
+    averages: bool
 
 
 def programs(
@@ -183,6 +187,7 @@ def programs(
         jax.jit(look, donate_argnums=0),
         jax.jit(_compare(objective)),
         capacity,
+        bool(average_paths(jax.eval_shape(optimizer.init, abstract_params(objective.declared)))),
     )
 
 
@@ -209,9 +214,12 @@ def _compare(objective: Objective) -> Callable[..., tuple[jax.Array, ...]]:
         repeats = max(REPEATS, -(-EVALUATIONS // particles))
         keys = jax.random.split(key, repeats)
 
+        state = lanes.state
+        params = jax.vmap(evaluation_params)(state.opt_state, state.params)
+
         def all_lanes(key: jax.Array) -> jax.Array:
             noise = objective.noise(key)
-            return jax.vmap(lambda p: -objective.evaluate(p, noise, data)[0])(lanes.state.params)
+            return jax.vmap(lambda p: -objective.evaluate(p, noise, data)[0])(params)
 
         elbos = lax.map(all_lanes, keys).T
         began = (lanes.outcome != INVALID)[:, None]

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from vi_params._table import Table
+from vi_params.averaging import evaluation_params
 from vi_params.objectives.objective import ELBO, Measure
 from vi_params.svi import State
 
@@ -49,15 +50,16 @@ class Fit:
     """A finished fit: the best restart, and all of them.
 
     Attributes:
-        params: the unconstrained parameters of the best restart.
-        state: its `State`, to go on from.
+        params: the unconstrained parameters of the best restart: averages where the optimiser keeps
+            them (`vi.averaged`, `optax.contrib.schedule_free`), else its last iterate.
+        state: its `State`, to go on from; it holds the iterate.
         losses: its losses, shape `(steps,)`.
         status: how it ended.
         steps: how many steps it made.
         skipped: how many of them were not taken because something was not finite.
         elbo: minus its loss at the end, in nats, which is the ELBO where that is what was fitted:
-            by common random numbers where there were several restarts, else the average over the
-            last steps.
+            by common random numbers where there were several restarts or averages, else the average
+            over the last steps.
         elbo_se: the standard error of `elbo`.
         best: which restart it was.
         restarts: a table of all restarts.
@@ -158,7 +160,7 @@ def assemble(
     shown_as = "elbo" if measure == ELBO else measure.name
     columns = ("restart", *options, shown_as, "se", "steps", "skipped", "status")
     return Fit(
-        params=state.params,
+        params=evaluation_params(state.opt_state, state.params),
         state=state,
         losses=losses[best, : int(steps[best])],
         status=statuses[best],
