@@ -121,3 +121,33 @@ def test_a_guide_of_keys_is_refused():
     with pytest.raises(ValueError, match="not maps of normal noise") as caught:
         vi.score_based_divergence(normal(), by_hand)
     assert "vi.fisher_divergence" in str(caught.value)
+
+
+@each
+def test_a_model_learns_beside_it(name):
+    """y ~ N(z, 1), z ~ N(m, 1) with m unknown: the guide's gradient is that of the divergence from
+    the posterior, the model's that of minus the ELBO, m - E_q z; the value is the divergence."""
+    y, m = 2.0, 0.5
+
+    def log_density(values, latents, data):
+        z = latents["z"]
+        return jnp.sum(-0.5 * (z - values["m"]) ** 2 - 0.5 * (y - z) ** 2)
+
+    target = vi.target(log_density, {"z": vi.Latent((1,))}, declared={"m": vi.Param(m)})
+    guide = vi.guides.mean_field(target)
+    make = getattr(vi, name)
+    objective = make(target, guide, num_particles=20_000, noise=vi.noise.moment_matched())
+    params = {**at(guide, 0.3, 0.8), "m": jnp.asarray(m)}
+    fixed = vi.target(lambda v, z, d: log_density({"m": m}, z, d), {"z": vi.Latent((1,))})
+    alone = make(fixed, guide, num_particles=20_000, noise=vi.noise.moment_matched())
+    key = jax.random.key(3)
+    (value, _), slope = jax.value_and_grad(objective.loss, has_aux=True)(params, key)
+    (expected, _), slope_alone = jax.value_and_grad(alone.loss, has_aux=True)(
+        {"guide": params["guide"]}, key
+    )
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(slope["m"], m - 0.3, rtol=1e-4)
+    for leaf in ("loc", "scale"):
+        np.testing.assert_allclose(
+            slope["guide"][leaf], slope_alone["guide"][leaf], rtol=1e-4, atol=1e-4
+        )

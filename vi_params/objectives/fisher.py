@@ -15,13 +15,14 @@ from vi_params._check import explain
 from vi_params._tree import abstract_key, is_key
 from vi_params.guide import Guide
 from vi_params.noise import Noise
+from vi_params.objectives.importance import model_apart
 from vi_params.objectives.objective import Measure, Objective, objective
 from vi_params.objectives.pair import (
     Pair,
     model_values,
     over_draws,
     pair,
-    require_no_parameters,
+    require_apart,
     require_reparameterised,
     total,
 )
@@ -49,7 +50,8 @@ def fisher_divergence(
     the expectation under q.
 
     Args:
-        target: what to approximate, without parameters of its own.
+        target: what to approximate. Parameters of its own ascend the ELBO at the same draws: a
+            divergence of scores says nothing of how likely the data are.
         guide: by what; reparameterised, its density differentiable at any latents.
         num_particles: draws per evaluation.
         noise: how the draws depend on each other: `vi.noise.iid()` (the default), ...
@@ -59,7 +61,7 @@ def fisher_divergence(
         An `Objective` whose loss is the divergence; aux is empty.
 
     Raises:
-        ValueError: the model has parameters of its own, the guide is not reparameterised, or target
+        ValueError: model and guide share a parameter, the guide is not reparameterised, or target
             and guide do not fit.
         TypeError: an argument is of the wrong kind.
 
@@ -117,7 +119,8 @@ def score_based_divergence(
     variational inference with a score-based divergence, eq. 3.
 
     Args:
-        target: what to approximate, without parameters of its own.
+        target: what to approximate. Parameters of its own ascend the ELBO at the same draws: a
+            divergence of scores says nothing of how likely the data are.
         guide: a family of `vi.guides`.
         num_particles: draws per evaluation.
         noise: how the draws depend on each other: `vi.noise.iid()` (the default), ...
@@ -127,7 +130,7 @@ def score_based_divergence(
         An `Objective` whose loss is the divergence; aux is empty.
 
     Raises:
-        ValueError: the model has parameters of its own, the guide is no map of normal noise, or
+        ValueError: model and guide share a parameter, the guide is no map of normal noise, or
             target and guide do not fit.
         TypeError: an argument is of the wrong kind.
 
@@ -168,7 +171,7 @@ def _fit(
     fitted = pair(
         target, guide, where, num_particles=num_particles, noise=noise, batch_size=batch_size
     )
-    require_no_parameters(fitted, where)
+    require_apart(fitted, where)
     require_reparameterised(fitted, where, "use a reparameterised distribution")
     return fitted
 
@@ -177,8 +180,9 @@ def _objective(fitted: Pair, square: Callable[[Any, Any, Any], jax.Array], name:
     """The mean over draws of `square(params, one draw's noise, data)` as an objective."""
 
     def evaluate(params: Any, noise: Any, data: Any) -> tuple[jax.Array, tuple]:
+        params, model = model_apart(fitted, params, noise, data)
         sizes = over_draws(lambda one: square(params, one, data), noise, fitted.batch_size)
-        return jnp.mean(sizes), ()
+        return model + jnp.mean(sizes), ()
 
     return objective(
         fitted.declared,

@@ -218,21 +218,6 @@ def require_apart(fitted: Pair, where: str) -> None:
         )
 
 
-def require_no_parameters(fitted: Pair, where: str) -> None:
-    """Raises where the model has parameters: a divergence of scores from its posterior says nothing
-    of its evidence."""
-    if fitted.target.declared:
-        raise ValueError(
-            explain(
-                "A divergence of scores says nothing of how likely the data are under the model.",
-                expected="a target without declared parameters",
-                received=f"parameters {list(fitted.target.declared)}",
-                where=where,
-                hint="vi.elbo, vi.iwae or vi.reweighted_wake_sleep train model and guide",
-            )
-        )
-
-
 def _score(pair: Pair, params: Any, draw: Draw, data: Any) -> Scored:
     log_density = pair.target.log_density(model_values(pair, params), draw.latents, data)
     return Scored(log_density, pair.guide.rescore(params, draw, data))
