@@ -117,3 +117,82 @@ def test_misuse_is_explained():
         TARGETS["split"].log_density({}, {"m": jnp.zeros(2)}, other)
     with pytest.raises(TypeError, match="plates must name leading axes"):
         vi.Latent((2,), plates=("rows", "columns"))
+
+
+def streamed(first, latents=LATENTS, prior=prior, likelihood=likelihood):
+    data = {"x": vi.minibatch(first, len(first), size=len(X)), "sd": SD}
+    return vi.target(prior, latents, per_row=likelihood, data=data)
+
+
+def test_batches_from_outside_average_to_the_full_density():
+    """Batches of any length count N / B times, and a fit takes them as they come."""
+    target = streamed(X[:2])
+    latents = {"m": jnp.array([0.3, -0.2])}
+    values = [
+        target.log_density({}, latents, {"x": X[i : i + 2], "sd": SD}) for i in range(0, 6, 2)
+    ]
+    np.testing.assert_allclose(np.mean(values), whole(latents), rtol=1e-5)
+    everything = target.log_density({}, latents, {"x": X, "sd": SD})
+    np.testing.assert_allclose(everything, whole(latents), rtol=1e-5)
+    objective = vi.elbo(target, vi.guides.mean_field(target))
+    batches = [{"x": X[:4], "sd": SD}, {"x": X[4:], "sd": SD}]
+    fit = vi.fit(objective, optax.sgd(1e-3), key=KEY, data=batches, num_steps=5, progress=False)
+    assert fit.steps == 5
+
+
+def test_batches_from_outside_that_say_which_rows_they_hold():
+    """Local latents: the loss is that on resident data at the same rows and noise."""
+
+    def shift(values, latents, data):
+        return -0.5 * jnp.sum(latents["m"] ** 2)
+
+    def local(values, latents, data):
+        z = latents["z"]
+        each = dist.Normal(z, 1.0).log_prob(data["x"][:, 0]) + dist.Normal().log_prob(z)
+        return each
+
+    latents = {**LATENTS, "z": vi.Latent((6,), plates=("rows",))}
+    outside = streamed(X[:2], latents, shift, local)
+    resident = vi.target(shift, latents, per_row=local, data=DATA)
+    rows = jnp.array([4, 1])
+    losses = []
+    for target, data in (
+        (outside, vi.Batch({"x": X[rows], "sd": SD}, {"rows": rows})),
+        (resident, vi.Batch({"x": X, "sd": SD}, {"rows": rows})),
+    ):
+        objective = vi.elbo(target, vi.guides.mean_field(target))
+        params = vi.init_params(objective.declared, KEY)
+        noise = objective.guide.noise(jax.random.key(1), 1)
+        if target is resident:
+            noise = objective.noise(KEY)._replace(noise=noise)
+        losses.append(objective.evaluate(params, noise, data)[0])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    objective = vi.elbo(outside, vi.guides.mean_field(outside))
+    with pytest.raises(ValueError, match="which rows they hold"):
+        objective.loss(params, jax.random.key(1), {"x": X[:2], "sd": SD})
+
+
+def test_new_data_may_be_marked_as_the_first_were():
+    objective = vi.elbo(TARGETS["split"], vi.guides.mean_field(TARGETS["split"]))
+    run = {"key": KEY, "num_steps": 2, "progress": False}
+    marked = vi.fit(objective, data={"x": vi.minibatch(2 * X, 2), "sd": SD}, **run)
+    plain = vi.fit(objective, data={"x": 2 * X, "sd": SD}, **run)
+    np.testing.assert_array_equal(marked.losses, plain.losses)
+    with pytest.raises(ValueError, match="other batches"):
+        vi.fit(objective, data={"x": vi.minibatch(2 * X, 3), "sd": SD}, **run)
+
+
+def test_mistakes_with_batches_from_outside():
+    with pytest.raises(ValueError, match="one batch"):
+        vi.minibatch(X, 2, size=6)
+    with pytest.raises(ValueError, match="does not fit into its plate"):
+        vi.minibatch(X, 6, size=4)
+    with pytest.raises(ValueError, match="size=N"):
+        TARGETS["split"].log_density({}, {"m": jnp.zeros(2)}, {"x": X[:2], "sd": SD})
+    batch = vi.Batch({"x": X, "sd": SD}, {"rows": [1, 2]})
+    with pytest.raises(TypeError, match="must be an array"):
+        TARGETS["split"].log_density({}, {"m": jnp.zeros(2)}, batch)
+    pair = {"x": vi.minibatch(X[:2], 2, size=6), "y": vi.minibatch(X[:2, 0], 2, size=6)}
+    target = vi.target(prior, LATENTS, per_row=lambda v, z, d: d["y"], data=pair)
+    with pytest.raises(ValueError, match="do not share"):
+        target.log_density({}, {"m": jnp.zeros(2)}, {"x": X[:2], "y": X[:3, 0]})

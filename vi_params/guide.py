@@ -120,7 +120,9 @@ def guide(declared: Declared, q: Callable[..., Any]) -> Guide:
             of a target. Latents are independent given the values.
 
     At a batch of rows a value declared with `Param(..., plates=("rows",))` arrives reduced to these
-    rows, and `data` are the rows' own; without one it has all its rows: the same `q` serves both.
+    rows, and `data`, of a target marked by `vi.minibatch` or fed from outside, are the rows' own;
+    without one it has all its rows: the same `q` serves both. Which arrays of a NumPyro model have
+    rows only a program knows: `vi.numpyro_guide` is for an encoder on its batches.
     Latents that have the plate in the target count N / B times, as they do there.
 
     Returns:

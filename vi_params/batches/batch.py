@@ -103,6 +103,16 @@ def require_index(index: Mapping[str, Any], sizes: Mapping[str, int], where: str
         )
     require_names(list(index), list(sizes), what="plates in index", where=where, complete=False)
     for plate, rows in index.items():
+        if not hasattr(rows, "dtype"):
+            raise TypeError(
+                explain(
+                    "An index must be an array.",
+                    expected="an int array of shape (batch,)",
+                    received=type(rows).__name__,
+                    where=f"{where}, plate {plate!r}",
+                    hint="jnp.array([...])",
+                )
+            )
         if jnp.ndim(rows) != 1 or not jnp.issubdtype(jnp.result_type(rows), jnp.integer):
             raise TypeError(
                 explain(

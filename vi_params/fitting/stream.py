@@ -82,6 +82,17 @@ class Stream:
         self.in_epoch += 1
         return batch
 
+    def shorter(self, batch: Any) -> str:
+        """What to do about a batch that has other rows than the first, if it has."""
+        like = [shape[:1] for shape, _ in (self.first or {}).values()]
+        if [jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)] == like:
+            return ""
+        return (
+            "\nIt has not as many rows as the first. Way out: leave a short last batch out "
+            "(drop_last=True), or let the model take its batch size from the data "
+            "(subsample_size=y.shape[0])"
+        )
+
     def _checked(self, batch: Any) -> Any:
         if batch is None:
             raise TypeError(
@@ -208,7 +219,8 @@ def feed(
                 except (ValueError, TypeError) as error:  # while it is traced: the lanes are whole
                     if made + len(steps) == 0:
                         raise
-                    ended = Ended(True, f"Batch {made + len(steps)} does not fit. {error}")
+                    told = f"Batch {made + len(steps)} does not fit. {error}"
+                    ended = Ended(True, told + stream.shorter(batch))
                     break
                 steps.append((outcome[0], outcome[1]))
                 if made + len(steps) < num_steps:

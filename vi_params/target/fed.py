@@ -31,7 +31,7 @@ def require_fed(fed: Mapping[str, Any], data: Any, where: str) -> None:
                 expected=f"vi.Batch(rows, {{{missing[0]!r}: their numbers}})",
                 received=type(data).__name__,
                 where=f"{where}, plate {missing[0]!r}",
-                hint="let the iterable yield such batches, or compute what is local from the batch "
-                "(an encoder, q(values, data))",
+                hint="for all rows at once vi.Batch(everything, {...: jnp.arange(N)}); or compute "
+                "what is local from the batch (an encoder, q(values, data))",
             )
         )

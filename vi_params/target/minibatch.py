@@ -21,12 +21,14 @@ class Minibatch:
         batch_size: how many rows a step sees.
         plate: what the axis is called.
         size: its length.
+        streamed: whether the data are a first batch, and the others come from outside.
     """
 
     data: Any
     batch_size: int
     plate: str
     size: int
+    streamed: bool = False
 
 
 class Rows(NamedTuple):
@@ -35,15 +37,19 @@ class Rows(NamedTuple):
     Attributes:
         plates: a pytree of plate names in the structure of the data, "" where there is none.
         sizes: plate -> size.
-        subsample: plate -> batch size.
+        subsample: plate -> batch size, of those whose rows are drawn.
+        streamed: plate -> batch size, of those whose rows come from outside.
     """
 
     plates: Any
     sizes: dict[str, int]
     subsample: dict[str, int]
+    streamed: dict[str, int]
 
 
-def minibatch(data: Any, batch_size: int, *, plate: str = "rows") -> Minibatch:
+def minibatch(
+    data: Any, batch_size: int, *, plate: str = "rows", size: int | None = None
+) -> Minibatch:
     """Data for `vi.target(..., data=...)` of which every step sees `batch_size` rows.
 
     The arrays stay whole on the device; a step gathers the rows of its batch inside the compiled
@@ -55,13 +61,17 @@ def minibatch(data: Any, batch_size: int, *, plate: str = "rows") -> Minibatch:
         batch_size: how many rows a step sees, at most their number.
         plate: what the axis is called: the name that `Latent(..., plates=)`, `Param(..., plates=)`
             and `vi.Batch` use for it.
+        size: None where `data` are whole. Their number of rows where they do not fit: `data` are
+            then the first batch, and the others come from outside, `vi.fit(..., data=iterable)`;
+            where latents or parameters have rows, as `vi.Batch(rows, {plate: their numbers})`.
 
     Returns:
         A `Minibatch`.
 
     Raises:
-        ValueError: leading axes differ, or batch_size is larger than they are.
-        TypeError: batch_size is no int, or plate no name.
+        ValueError: leading axes differ, batch_size is larger than they are, or with `size` not
+            their length.
+        TypeError: batch_size or size is no int, or plate no name.
 
     Example:
         >>> def prior(values, latents, data):
@@ -100,10 +110,25 @@ def minibatch(data: Any, batch_size: int, *, plate: str = "rows") -> Minibatch:
                 hint="leave what has no rows outside of vi.minibatch",
             )
         )
-    (size,) = known
-    assert size is not None
-    require_batch_size(batch_size, size, plate)
-    return Minibatch(jax.tree.map(strong, data), int(batch_size), plate, size)
+    (length,) = known
+    assert length is not None
+    if size is not None:
+        require_count(size, "size", "vi.minibatch")
+        require_batch_size(batch_size, size, plate)
+        if length != batch_size:
+            raise ValueError(
+                explain(
+                    "With size=, the data are one batch.",
+                    expected=f"batch_size={batch_size} rows, the first of {size}",
+                    received=f"{length} rows",
+                    where=f"vi.minibatch, plate {plate!r}",
+                    hint="leave size= out where the data are whole",
+                )
+            )
+    require_batch_size(batch_size, length, plate)
+    return Minibatch(
+        jax.tree.map(strong, data), int(batch_size), plate, size or length, size is not None
+    )
 
 
 def require_batch_size(batch_size: int, size: int, plate: str) -> None:
@@ -123,6 +148,7 @@ def unmark(data: Any) -> tuple[Any, Rows]:
     """The data without marks, and which of their arrays have which plate."""
     sizes: dict[str, int] = {}
     subsample: dict[str, int] = {}
+    streamed: set[str] = set()
 
     def is_marked(x: Any) -> bool:
         return isinstance(x, Minibatch)
@@ -141,6 +167,8 @@ def unmark(data: Any) -> tuple[Any, Rows]:
                 )
             )
         subsample[leaf.plate] = leaf.batch_size
+        if leaf.streamed:
+            streamed.add(leaf.plate)
         return leaf.data, jax.tree.map(lambda _: leaf.plate, leaf.data)
 
     both = jax.tree_util.tree_map_with_path(plain, data, is_leaf=is_marked)
@@ -148,40 +176,80 @@ def unmark(data: Any) -> tuple[Any, Rows]:
     pairs = outer.flatten_up_to(both)
     unmarked = outer.unflatten([pair[0] for pair in pairs])
     plates = outer.unflatten([pair[1] for pair in pairs])
+    fed = {plate: subsample.pop(plate) for plate in sorted(streamed)}
     # A batch of all rows is no batch: the plate is looked at whole.
     subsample = {plate: n for plate, n in subsample.items() if n != sizes[plate]}
-    return unmarked, Rows(plates, sizes, subsample)
+    return unmarked, Rows(plates, sizes, subsample, fed)
+
+
+def require_same_batches(rows: Rows, sizes: Mapping[str, tuple[int, int]]) -> None:
+    """Raises where new data are marked for other batches than those of the target.
+
+    Args:
+        rows: what `unmark` found in the new data.
+        sizes: plate -> (size, batch size), of the target.
+    """
+    for plate, batch in rows.subsample.items():
+        if (rows.sizes[plate], batch) != sizes.get(plate):
+            raise ValueError(
+                explain(
+                    "The data are marked for other batches than the target was built for.",
+                    expected=", ".join(
+                        f"plate {name!r}: {n} rows in batches of {b}"
+                        for name, (n, b) in sizes.items()
+                    )
+                    or "data without marks",
+                    received=f"{rows.sizes[plate]} rows in batches of {batch}",
+                    where=f"data, plate {plate!r}",
+                    hint="build a new target for data of another size or other batches",
+                )
+            )
 
 
 def gather(rows: Rows, data: Any) -> tuple[Any, dict[str, float]]:
     """What a log density sees of some data: a batch's rows, and plate -> N / B.
 
     Raises:
-        ValueError: an array's leading axis is not its plate's size.
+        ValueError: an array's leading axis is not its plate's size, or not that of the batch.
     """
     whole, index = split(data)
+    lengths = {plate: len(at) for plate, at in index.items()}
 
     def take(path: tuple, plate: str, leaf: Any) -> Any:
         if not plate:
             return leaf
-        if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != rows.sizes[plate]:
+        found = jnp.shape(leaf)[0] if jnp.ndim(leaf) else None
+        if plate in rows.streamed:
+            if found is None or found != lengths.setdefault(plate, found):
+                raise _unequal(plate, path, lengths.get(plate), leaf)
+            return leaf
+        if found != rows.sizes[plate]:
             raise ValueError(
                 explain(
                     "A plate's size has changed.",
                     expected=f"a leading axis of {rows.sizes[plate]}",
                     received=f"shape {jnp.shape(leaf)}",
                     where=f"plate {plate!r}, data {path_name(path)}",
-                    hint="build a new target for data of another size",
+                    hint="build a new target for data of another size; where batches come from "
+                    "outside, with data=vi.minibatch(first_batch, batch_size, size=N)",
                 )
             )
         return jnp.take(leaf, index[plate], axis=0) if plate in index else leaf
 
     seen = jax.tree_util.tree_map_with_path(take, rows.plates, whole)
-    scale = {
-        plate: size / len(index[plate]) if plate in index else 1.0
-        for plate, size in rows.sizes.items()
-    }
+    scale = {plate: size / lengths.get(plate, size) for plate, size in rows.sizes.items()}
     return seen, scale
+
+
+def _unequal(plate: str, path: tuple, length: int | None, leaf: Any) -> ValueError:
+    return ValueError(
+        explain(
+            "The arrays of a batch do not share their leading axis.",
+            expected=f"a leading axis of {length or 'the rows of the batch'}",
+            received=f"shape {jnp.shape(leaf)}",
+            where=f"plate {plate!r}, data {path_name(path)}",
+        )
+    )
 
 
 def require_plates(plates: Mapping[str, Any], sizes: Mapping[str, int], where: str) -> None:

@@ -1,5 +1,6 @@
 """Targets from log densities written in plain JAX."""
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -44,7 +45,7 @@ def target(
         log_density: `(values, latents, data) -> scalar`: pure; `values` the constrained model
             parameters, `latents` the constrained latents by name. It may be unnormalised. One that
             takes four arguments gets `scale` as well.
-        latents: name -> `Latent(shape, support, plates=)`.
+        latents: name -> `Latent(shape, support, plates=)`, the shape with all rows of its plates.
         per_row: `(values, latents, data) -> array of shape (batch,)`, the terms of the rows; or a
             mapping from plates (tuples of them for shapes of several axes) to such functions.
         declared: name -> `Param`, learnable parameters of the model (point estimates).
@@ -83,6 +84,7 @@ def target(
     data, rows = unmark(data)
     require_plates({n: (x.plates, x.shape) for n, x in latents.items()}, rows.sizes, "latents")
     require_plates(plates_of(declared), rows.sizes, "declared")
+    latents = {name: _of_a_batch(latent, rows.streamed) for name, latent in latents.items()}
     scaled = _takes_scale(log_density)
     parts = _parts(per_row, rows, scaled)
 
@@ -123,10 +125,20 @@ def target(
         start=lambda strategy, key: _plain_start(latents, strategy, key),
         plates=rows.sizes,
         subsample=rows.subsample,
+        streamed=rows.streamed,
         terms=terms,
         see=lambda data: gather(rows, data)[0],
         sites=sites if parts else None,
     )
+
+
+def _of_a_batch(latent: Latent, streamed: Mapping[str, int]) -> Latent:
+    """A latent as the target sees it: of plates fed from outside, a batch's rows."""
+    leading = [streamed.get(p or "", n) for p, n in zip(latent.plates, latent.shape, strict=False)]
+    shape = (*leading, *latent.shape[len(leading) :])
+    if shape == latent.shape:
+        return latent
+    return dataclasses.replace(latent, shape=shape, unconstrained_shape=None)
 
 
 def _takes_scale(log_density: Callable[..., Any]) -> bool:
@@ -143,13 +155,13 @@ def _parts(
     per_row: PerRow | Mapping[Any, PerRow] | None, rows: Rows, scaled: bool
 ) -> dict[tuple[str, ...], PerRow]:
     """The terms of the rows, by the plates that they have."""
-    if per_row is None and rows.subsample and not scaled:
+    if per_row is None and {**rows.subsample, **rows.streamed} and not scaled:
         raise ValueError(
             explain(
                 "The data are seen in batches, but nothing says what of the log density to scale.",
                 expected="per_row=, the terms of the rows, or a log_density of four arguments",
                 received="log_density(values, latents, data) alone",
-                where=f"vi.target, plate {listed(rows.subsample)}",
+                where=f"vi.target, plate {listed({**rows.subsample, **rows.streamed})}",
                 hint="move the likelihood into per_row: it is multiplied by N / B and summed",
             )
         )
