@@ -85,6 +85,7 @@ def two_modes(values, latents, data):
     return jnp.logaddexp(jnp.log(0.7) + right, jnp.log(0.3) + left)
 
 
+@pytest.mark.slow
 def test_distinct_optima_are_merged():
     """Two far modes with 0.7 and 0.3 of the mass: what one Gaussian's weights cannot see."""
     target = vi.target(two_modes, {"z": vi.Latent((2,))})

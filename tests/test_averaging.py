@@ -94,6 +94,7 @@ def test_a_fit_returns_and_judges_the_average():
     np.testing.assert_array_equal(plain.params["guide"]["loc"], plain.state.params["guide"]["loc"])
 
 
+@pytest.mark.slow
 def test_restarts_and_sweeps_share_it():
     """The choice is made by averages: a rate at which iterates do not settle wins; every lane is
     the fit that it would be alone."""

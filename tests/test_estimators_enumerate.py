@@ -88,6 +88,7 @@ def gradients():
     return of
 
 
+@pytest.mark.slow
 def test_sums_beside_scores_are_unbiased(gradients):
     """The mean gradient is that of the exact ELBO within four standard errors, at three sets of
     parameters: the bits summed, the count and the switch that it follows scored."""

@@ -94,6 +94,7 @@ def test_choices_after_choices_under_a_scale(chained, name):
         assert np.all(np.abs(found[leaf] - truth) < 4 * error[leaf] + 1e-4), leaf
 
 
+@pytest.mark.slow
 def test_costs_are_those_downstream():
     """The cost of a row's choice moves with its own observation and with nobody else's: scores of
     row 0 are the same under data that differ in row 1 only."""
@@ -213,6 +214,7 @@ def coin():
     numpyro.sample("y", dist.Bernoulli(0.1 + 0.8 * k), obs=1)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Currently, SVI with Trace_ELBO")
 def test_a_discrete_posterior_that_plain_gradients_miss():
     """The exact posterior of `coin` is 0.9. The estimators that know of discrete latents find it;

@@ -239,6 +239,7 @@ def conjugate(y):
         numpyro.sample("y", dist.Normal(mu, 1.0), obs=numpyro.subsample(y, 0))
 
 
+@pytest.mark.slow
 def test_a_fit_finds_the_posterior_and_is_judged_on_all_data():
     """Minibatches lead to the conjugate posterior; draws and diagnosis use all rows by default."""
     y = 1.0 + jax.random.normal(KEY, (50,))

@@ -109,6 +109,7 @@ SKEWED = vi.target(
 )
 
 
+@pytest.mark.slow
 def test_population_monte_carlo_follows_a_skewed_posterior():
     """k-hat falls, the evidence is one, and resampled draws have the moments of the gammas."""
     start = vi.solvers.deterministic(SKEWED, KEY)

@@ -312,6 +312,7 @@ def series(y):
     scan(body, jnp.zeros(some.shape[1], int), some)
 
 
+@pytest.mark.slow
 def test_batches_of_chains_average_to_the_whole():
     """So it is along a scan: each row by the forward algorithm, drawn for a batch as for all."""
     y, mean = jnp.stack([Y, Y[::-1], 0.5 * Y]), jnp.array([-0.5, 1.0])

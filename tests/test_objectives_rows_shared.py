@@ -165,6 +165,7 @@ def without_rows():
     return fit.sum() + stats.norm(0.3, 0.8).entropy()
 
 
+@pytest.mark.slow
 def test_the_bound_rises_to_that_of_the_shared_latents_alone():
     """L_1 < L_4 < L_256 for a mean-field family; the last is nearly the ELBO of g with all rows
     integrated out, in closed form, and that below the log evidence. Batches of rows, of a program

@@ -67,6 +67,7 @@ def test_vmap_over_keys_and_data_equals_the_loop(gaussian, compilations):
     assert np.all(info.status == Status.CONVERGED)
 
 
+@pytest.mark.slow
 def test_poisson_regression_against_scipy():
     """The mode is scipy's, the covariance the inverse of the Fisher information X' diag(mu) X."""
     x = np.stack([np.ones(20), np.linspace(-1.0, 2.0, 20)], axis=1)

@@ -115,6 +115,7 @@ def gaussian():
     )
 
 
+@pytest.mark.slow
 def test_a_gaussian(gaussian):
     """The normal is near the target, the log ratios of the pooled draws give its evidence, zero,
     and resampled draws have its moments."""

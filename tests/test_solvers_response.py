@@ -66,6 +66,7 @@ def test_the_largest_directions_of_a_gaussian_are_found():
         assert found.info.sampling_error < 1e-3
 
 
+@pytest.mark.slow
 def test_all_directions_are_the_dense_covariance():
     with enable_x64(True):
         target, _, covariance = factor_gaussian()
@@ -117,6 +118,7 @@ def test_quantities_agree_with_the_dense_response():
         assert 0 < larger < sd * dense.info.sampling_error * 3
 
 
+@pytest.mark.slow
 def test_it_is_pure():
     """Under jit and vmap over data."""
     target = counts()

@@ -22,6 +22,7 @@ def adam(rate=0.5):
     return optax.inject_hyperparams(optax.adam)(learning_rate=rate)
 
 
+@pytest.mark.slow
 def test_every_lane_is_a_fit_of_its_own():
     """A sweep of three rates from two starts: lane by lane the losses of separate fits."""
     swept = vi.fit(OBJECTIVE, adam(), restarts=2, sweep={"learning_rate": RATES}, **OPTIONS)
