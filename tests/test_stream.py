@@ -158,3 +158,19 @@ def test_a_callback_and_a_stopping_rule_end_it():
         found = fit(BATCHES, stop=vi.stopping.plateau(window=100, every=10), num_steps=3000)
     assert found.status is vi.Status.CONVERGED
     assert found.steps < 3000
+
+
+def test_data_of_another_size_are_named():
+    """Where a program fixes its sizes: plate and leaf."""
+
+    def fixed(y):
+        m = numpyro.sample("m", dist.Normal(0.0, 1.0))
+        with numpyro.plate("rows", 6, subsample_size=2):
+            numpyro.sample("y", dist.Normal(m, 1.0), obs=numpyro.subsample(y, 0))
+
+    target = vi.from_numpyro(fixed, jnp.zeros(6))
+    with pytest.raises(ValueError, match=r"(?s)y of shape \(6,\).*y of shape \(8,\).*rows"):
+        target.log_density({}, {"m": jnp.zeros(())}, {"y": jnp.zeros(8)})
+    objective = vi.elbo(target, vi.guides.mean_field(target))
+    with pytest.raises(ValueError, match=r"(?s)y of shape \(8,\).*rows"):
+        vi.fit(objective, key=KEY, data={"y": jnp.zeros(8)}, num_steps=1, progress=False)

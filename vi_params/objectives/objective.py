@@ -193,7 +193,7 @@ def require_structure(structure: Any, data: Any) -> None:
     hint = "pass data of the structure of objective.data, or build a new objective"
     if isinstance(expected, Mapping) and not isinstance(data, Mapping):
         names = ", ".join(f"{name!r}: ..." for name in expected)
-        hint = f"name what a loader yields as in objective.data: {{{names}}}"
+        hint = f"name what a loader yields: {{{names}}}, as in objective.data"
     raise ValueError(
         explain(
             "The structure of the data has changed.",

@@ -1,15 +1,17 @@
 """A program's arguments, split: arrays are data and pass through jit, everything else is static."""
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from numpyro.infer.autoguide import AutoGuide
 
 from vi_params._check import explain, require_names
-from vi_params._tree import strong
+from vi_params._tree import leaves_by_path, strong
 
 
 class Call(NamedTuple):
@@ -84,6 +86,31 @@ def bind(program: Callable, args: tuple, kwargs: Mapping[str, Any], skip: int = 
         return filled.args, filled.kwargs
 
     return Call(data, arguments)
+
+
+@contextlib.contextmanager
+def blaming_shapes(call: Call, data: Any) -> Iterator[None]:
+    """Errors of a program that runs on data of other shapes than its own name these data."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        old, new = (
+            {path: jnp.shape(leaf) for path, leaf in leaves_by_path(tree).items()}
+            for tree in (call.data, data)
+        )
+        changed = [path for path in old if path in new and new[path] != old[path]]
+        if not changed or "Expected:" in str(error):
+            raise
+        raise ValueError(
+            explain(
+                "The program does not run on data of these shapes.",
+                expected=", ".join(f"{path} of shape {old[path]}" for path in changed),
+                received=", ".join(f"{path} of shape {new[path]}" for path in changed),
+                where=f"data; the program says: {error}",
+                hint="let sizes follow the data, numpyro.plate(name, len(y)) or "
+                "subsample_size=y.shape[0], or build a new target",
+            )
+        ) from error
 
 
 def _signature(program: Callable, skip: int) -> inspect.Signature:

@@ -11,7 +11,7 @@ from numpyro.infer.util import compute_log_probs
 
 from vi_params._check import explain, require_names
 from vi_params.batches.batch import row_scale, split
-from vi_params.interop.numpyro.call import bind
+from vi_params.interop.numpyro.call import bind, blaming_shapes
 from vi_params.interop.numpyro.discover import LOCK, discover, trace
 from vi_params.interop.numpyro.discrete import finite
 from vi_params.interop.numpyro.enumeration import sum_out
@@ -106,11 +106,12 @@ def from_numpyro(
 
     def run(fixed: Mapping[str, Any], data: Any) -> Any:
         program, args, kwargs = at(data)
-        return trace(handlers.substitute(program, data=dict(fixed)), args, kwargs)
+        with blaming_shapes(call, split(data)[0]):
+            return trace(handlers.substitute(program, data=dict(fixed)), args, kwargs)
 
     def joint_terms(values: Any, latents: Any, data: Any) -> dict[str, jax.Array]:
         program, args, kwargs = at(data)
-        with LOCK:
+        with LOCK, blaming_shapes(call, split(data)[0]):
             return compute_log_probs(program, args, kwargs, {**values, **latents})[0]
 
     terms = joint_terms if summed is None else summed.terms
