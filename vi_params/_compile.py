@@ -9,8 +9,11 @@ import jax.numpy as jnp
 
 from vi_params._tree import is_traced
 
-LIGHT = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": False}
+LIGHT: dict[str, Any] = {"xla_backend_optimization_level": 1}
 """XLA's options for them on a CPU: what it does beyond costs more than these programs run."""
+
+if jax.__version_info__ < (0, 11):  # later versions have lost this option
+    LIGHT["xla_cpu_use_fusion_emitters"] = False
 
 
 def quick(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -21,13 +24,7 @@ def quick(f: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(f)
     def call(*args: Any) -> Any:
         # Within another program even a constant is traced; options belong to outermost programs.
-        if is_traced(*args, jnp.zeros(())) or jax.default_backend() != "cpu":
-            return plain(*args)
-        try:
-            return light(*args)
-        except RuntimeError as error:
-            if "compile option" not in str(error):
-                raise
-            return plain(*args)  # another version of XLA, without one of the options
+        outermost = not is_traced(*args, jnp.zeros(()))
+        return (light if outermost and jax.default_backend() == "cpu" else plain)(*args)
 
     return call
