@@ -80,7 +80,7 @@ def lanes(objective):
 
         def step(states, i):
             noise = jax.vmap(lambda key: objective.noise(jax.random.fold_in(key, i)))(keys)
-            params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[s.params for s in states])
+            params = stacked([state.params for state in states])
             values, grads = over_lanes(params, noise, data)
             states = [
                 jax.vmap(lambda s, v, g, rule=rule: apply(rule, s, v, g))(
@@ -94,12 +94,16 @@ def lanes(objective):
             states, _ = lax.scan(step, states, first + jnp.arange(CHUNK))
             iterates = [state.params for state in states]
             averages = [jax.vmap(vi.evaluation_params)(s.opt_state, s.params) for s in states]
-            join = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)  # noqa: E731
-            return states, (join(iterates), join(averages))
+            return states, (stacked(iterates), stacked(averages))
 
         return lax.scan(chunk, states, jnp.arange(0, STEPS, CHUNK))[1]
 
     return jax.jit(run)
+
+
+def stacked(trees):
+    """Trees of one structure as one, with a leading axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 def elbos(objective):

@@ -46,20 +46,31 @@ def counts():
     return vi.target(log_density, latents, data=data)
 
 
+def values_of(solution):
+    return vi.constrain(solution.guide.declared, solution.params)["guide"]
+
+
+def covariance_of(solution):
+    """That of a low-rank family, or of a full-rank one."""
+    own = values_of(solution)
+    if "scale_tril" in own:
+        return own["scale_tril"] @ own["scale_tril"].T
+    scaled = own["scale"][:, None] * own["factor"]
+    return np.diag(own["scale"] ** 2) + scaled @ scaled.T
+
+
 def test_the_largest_directions_of_a_gaussian_are_found():
     """In units of the mean-field scales: the largest eigenvalues and the sum of all."""
     with enable_x64(True):
         target, mean, covariance = factor_gaussian()
         solution = vi.solvers.deterministic(target, KEY)
         found = vi.linear_response(target, solution, rank=FACTORS)
-        own = vi.constrain(found.guide.declared, found.params)["guide"]
-        scaled = own["scale"][:, None] * own["factor"]
-        approximate = np.diag(own["scale"] ** 2) + scaled @ scaled.T
+        approximate = covariance_of(found)
         # Compared in units where mean-field is the identity: the eigenvalues of S.
-        unit = np.asarray(vi.constrain(solution.guide.declared, solution.params)["guide"]["scale"])
+        unit = np.asarray(values_of(solution)["scale"])
         exact = np.linalg.eigvalsh(covariance / unit / unit[:, None])
         near = np.linalg.eigvalsh(approximate / unit / unit[:, None])
-        np.testing.assert_allclose(own["loc"], mean, atol=1e-5)
+        np.testing.assert_allclose(values_of(found)["loc"], mean, atol=1e-5)
         np.testing.assert_allclose(near[-FACTORS:], exact[-FACTORS:], rtol=1e-2)
         np.testing.assert_allclose(near.sum(), exact.sum(), rtol=2e-2)
         assert found.info.status == Status.CONVERGED
@@ -72,9 +83,7 @@ def test_all_directions_are_the_dense_covariance():
         target, _, covariance = factor_gaussian()
         solution = vi.solvers.deterministic(target, KEY)
         found = vi.linear_response(target, solution, rank=DIM)
-        own = vi.constrain(found.guide.declared, found.params)["guide"]
-        scaled = own["scale"][:, None] * own["factor"]
-        approximate = np.diag(own["scale"] ** 2) + scaled @ scaled.T
+        approximate = covariance_of(found)
         units = np.sqrt(np.diagonal(covariance))
         np.testing.assert_allclose(
             approximate / units / units[:, None], covariance / units / units[:, None], atol=5e-3
@@ -106,13 +115,12 @@ def test_quantities_agree_with_the_dense_response():
         target = counts()
         solution = vi.solvers.deterministic(target, KEY)
         dense = vi.linear_response(target, solution)
-        root = vi.constrain(dense.guide.declared, dense.params)["guide"]["scale_tril"]
 
         def quantity(latents):
             return jnp.log(latents["rate"]), latents["z"]
 
         found = vi.quantity_response(target, solution, quantity)
-        np.testing.assert_allclose(found.covariance, root @ root.T, rtol=1e-2, atol=1e-4)
+        np.testing.assert_allclose(found.covariance, covariance_of(dense), rtol=1e-2, atol=1e-4)
         larger = jnp.max(jnp.concatenate([jnp.ravel(e) for e in found.sampling_error]))
         sd = jnp.max(jnp.concatenate([jnp.ravel(e) for e in found.sd]))
         assert 0 < larger < sd * dense.info.sampling_error * 3
@@ -187,12 +195,10 @@ def test_densities_without_second_derivatives():
         covariance = np.linalg.inv(precision)
         solution = vi.solvers.deterministic(target, KEY)
         dense = vi.linear_response(target, solution)
-        root = vi.constrain(dense.guide.declared, dense.params)["guide"]["scale_tril"]
-        np.testing.assert_allclose(root @ root.T, covariance, rtol=1e-3)
+        np.testing.assert_allclose(covariance_of(dense), covariance, rtol=1e-3)
         found = vi.quantity_response(target, solution, lambda z: z["z"])
         np.testing.assert_allclose(found.mean, mean, rtol=1e-5)
         np.testing.assert_allclose(found.covariance, covariance, rtol=1e-3)
         laplace = vi.solvers.laplace(target, KEY)
-        root = vi.constrain(laplace.guide.declared, laplace.params)["guide"]["scale_tril"]
-        np.testing.assert_allclose(root @ root.T, covariance, rtol=1e-3)
+        np.testing.assert_allclose(covariance_of(laplace), covariance, rtol=1e-3)
         assert solution.info.status == dense.info.status == laplace.info.status == Status.CONVERGED

@@ -47,7 +47,6 @@ are doubled (Giordano, Ingram and Broderick, 2024, section 3.3)."""
 DOUBLINGS = 3
 """How often they are doubled at most."""
 
-
 DENSE = 1000
 """The largest dimension in which linear response holds every covariance."""
 
