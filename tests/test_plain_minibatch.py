@@ -180,6 +180,9 @@ def test_new_data_may_be_marked_as_the_first_were():
     np.testing.assert_array_equal(marked.losses, plain.losses)
     with pytest.raises(ValueError, match="other batches"):
         vi.fit(objective, data={"x": vi.minibatch(2 * X, 3), "sd": SD}, **run)
+    first = {"x": vi.minibatch(X[:2], 2, size=8), "sd": SD}
+    with pytest.raises(ValueError, match="other batches"):
+        vi.fit(objective, data=first, **run)
 
 
 def test_mistakes_with_batches_from_outside():

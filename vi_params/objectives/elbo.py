@@ -99,10 +99,9 @@ def elbo(
         if num_particles == 1:
             one = f(jax.tree.map(lambda leaf: leaf[0], noise))
             return bound(jax.tree.map(lambda leaf: leaf[None], one))
-        if batch_size is None or batch_size >= num_particles:
-            return bound(over(f, noise))
         # Without the checkpoint the gradient would keep what every batch computed.
-        return bound(jax.lax.map(jax.checkpoint(f), noise, batch_size=batch_size))
+        in_batches = batch_size is not None and batch_size < num_particles
+        return bound(over(jax.checkpoint(f) if in_batches else f, noise, batch_size))
 
     def plain(params: Any, noise: Any, data: Any) -> jax.Array:
         draw = guide.transform(params, noise, data)

@@ -16,7 +16,7 @@ from vi_params.params.declare import Declared
 from vi_params.params.rows import rows_at
 from vi_params.target import Target
 from vi_params.target.fed import fed, require_fed
-from vi_params.target.minibatch import require_same_batches, unmark
+from vi_params.target.minibatch import unmarked
 
 
 class Aux(NamedTuple):
@@ -173,8 +173,7 @@ def resolve(owner: Objective | Target, data: Any) -> Any:
         require_index(data.index, owner.plates, "data")
         index = {plate: jnp.asarray(rows) for plate, rows in data.index.items()}
         return Batch(resolve(owner, data.data), index)
-    data, marked = unmark(data)
-    require_same_batches(marked, owner.sizes)
+    data = unmarked(data, owner.plates, owner.sizes)
     structure = jax.tree.structure(split(owner.data)[0])
     if structure.num_leaves:
         require_structure(structure, data)

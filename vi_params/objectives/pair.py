@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 
 from vi_params._check import explain, require_count, require_instance
+from vi_params._over import over
 from vi_params._tree import abstract_key, pick
 from vi_params.guide import Draw, Guide
 from vi_params.matching import joint_data, joint_declared, matched, without_gradient
@@ -180,10 +181,9 @@ def over_draws(f: Callable[[Any], Any], noise: Any, batch_size: int | None) -> A
     """
     leading = jax.tree.leaves(noise)[0].shape[:2]
     num = leading[0] * leading[1]
-    if batch_size is None or batch_size >= num:
-        return jax.vmap(jax.vmap(f))(noise)
+    in_batches = batch_size is not None and batch_size < num
     flat = jax.tree.map(lambda leaf: leaf.reshape(num, *leaf.shape[2:]), noise)
-    found = jax.lax.map(jax.checkpoint(f), flat, batch_size=batch_size)
+    found = over(jax.checkpoint(f) if in_batches else f, flat, batch_size)
     return jax.tree.map(lambda leaf: leaf.reshape(*leading, *leaf.shape[1:]), found)
 
 

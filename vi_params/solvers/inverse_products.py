@@ -30,9 +30,6 @@ CG_STEPS = 1000
 ENOUGH = 0.05
 """The residual above which a product does not count as solved."""
 
-MOST_PAIRS = 16
-"""Of how many pairs of draws the sampling error is estimated at most."""
-
 
 class InverseProducts(NamedTuple):
     """What is known at a mean-field solution, in units of its scales.
@@ -82,14 +79,16 @@ def inverse_products(
         found, residuals = jax.vmap(solve_one)(b)
         return found, jnp.max(residuals)
 
-    pairs = draws.reshape(2, -1, dim).swapaxes(0, 1)[:MOST_PAIRS]
+    pairs = draws.reshape(2, -1, dim).swapaxes(0, 1)
     scores = jax.lax.map(lambda pair: unit * jax.grad(loss(density, pair))(x), pairs)
     return InverseProducts(layout, x, unit, solve, scores - scores.mean(0))
 
 
-def standard_error(moved: jax.Array) -> jax.Array:
-    """The standard error of the mean over pairs, of what each of them moves, shape (pairs, k)."""
-    return jnp.sqrt(jnp.mean(moved**2, axis=0) / max(len(moved) - 1, 1))
+def standard_error(moved: jax.Array, num_pairs: int) -> jax.Array:
+    """The standard error of the mean over all pairs, from what some of them move, shape (some, k),
+    without its mean."""
+    variance = jnp.sum(moved**2, axis=0) / max(len(moved) - 1, 1)
+    return jnp.sqrt(variance / num_pairs)
 
 
 def judged(status: jax.Array, definite: jax.Array, residual: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vi_params._check import explain, require_count
 from vi_params._tree import leaves_by_path, path_name, strong
@@ -131,14 +132,14 @@ def minibatch(
     )
 
 
-def require_batch_size(batch_size: int, size: int, plate: str) -> None:
+def require_batch_size(batch_size: Any, size: int, plate: str) -> None:
     """Raises unless a batch of distinct rows fits into its plate."""
-    if not 0 < batch_size <= size:
+    if not isinstance(batch_size, (int, np.integer)) or not 0 < batch_size <= size:
         raise ValueError(
             explain(
                 "A batch does not fit into its plate.",
                 expected=f"a batch size from 1 to {size}, the number of rows",
-                received=str(batch_size),
+                received=repr(batch_size),
                 where=f"plate {plate!r}",
             )
         )
@@ -182,28 +183,33 @@ def unmark(data: Any) -> tuple[Any, Rows]:
     return unmarked, Rows(plates, sizes, subsample, fed)
 
 
-def require_same_batches(rows: Rows, sizes: Mapping[str, tuple[int, int]]) -> None:
-    """Raises where new data are marked for other batches than those of the target.
+def unmarked(data: Any, plates: Mapping[str, int], sizes: Mapping[str, tuple[int, int]]) -> Any:
+    """New data without marks, which must be those of the data that a target was built with.
 
     Args:
-        rows: what `unmark` found in the new data.
-        sizes: plate -> (size, batch size), of the target.
+        data: the new data; handed back as they are where nothing is marked.
+        plates: plate -> size, of the target.
+        sizes: plate -> (size, batch size), of its plates whose rows are drawn.
     """
-    for plate, batch in rows.subsample.items():
-        if (rows.sizes[plate], batch) != sizes.get(plate):
+    if not any(isinstance(leaf, Minibatch) for leaf in jax.tree.leaves(data)):
+        return data
+    data, rows = unmark(data)
+    for plate, size in rows.sizes.items():
+        marked = size, rows.subsample.get(plate, size)
+        known = sizes.get(plate, (plates.get(plate), plates.get(plate)))
+        if marked != known:
             raise ValueError(
                 explain(
                     "The data are marked for other batches than the target was built for.",
-                    expected=", ".join(
-                        f"plate {name!r}: {n} rows in batches of {b}"
-                        for name, (n, b) in sizes.items()
-                    )
-                    or "data without marks",
-                    received=f"{rows.sizes[plate]} rows in batches of {batch}",
+                    expected=f"{known[0]} rows in batches of {known[1]}"
+                    if plate in plates
+                    else f"plates {list(plates)}",
+                    received=f"{marked[0]} rows in batches of {marked[1]}",
                     where=f"data, plate {plate!r}",
                     hint="build a new target for data of another size or other batches",
                 )
             )
+    return data
 
 
 def gather(rows: Rows, data: Any) -> tuple[Any, dict[str, float]]:

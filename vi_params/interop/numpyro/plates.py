@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from numpyro.contrib.control_flow.scan import scan_wrapper
 from numpyro.primitives import Messenger
 
 from vi_params._check import explain
 from vi_params.batches.batch import Batch, require_index
+from vi_params.target.minibatch import require_batch_size
 
 
 class WithRows(Messenger):
@@ -52,7 +52,7 @@ class WithRows(Messenger):
             return
         subsampled = drawn or name in self.index
         if subsample_size is not None and drawn:
-            require_fitting(name, size, subsample_size)
+            require_batch_size(subsample_size, size, name)
             self.seen[name] = size, subsample_size
             msg["subsample_size"] = subsample_size
         if subsampled and self.sizes.get(name, size) != size:
@@ -149,16 +149,3 @@ def _require_free(name: str, size: int, rows: Any, index: Mapping[str, Any]) -> 
             )
         )
     require_index({name: rows}, {name: size}, "the program's own indices")
-
-
-def require_fitting(name: str, size: int, subsample_size: Any) -> None:
-    """Raises unless `subsample_size` is that of a batch from the plate."""
-    if not isinstance(subsample_size, (int, np.integer)) or not 0 < subsample_size <= size:
-        raise ValueError(
-            explain(
-                "A batch does not fit into its plate.",
-                expected=f"subsample_size from 1 to {size}, the number of rows",
-                received=repr(subsample_size),
-                where=f"plate {name!r}",
-            )
-        )
