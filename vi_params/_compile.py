@@ -1,7 +1,7 @@
 """Programs that run for milliseconds and would compile for seconds."""
 
-import functools
 from collections.abc import Callable
+from concurrent.futures import Executor
 from typing import Any
 
 import jax
@@ -16,15 +16,31 @@ if jax.__version_info__ < (0, 11):  # later versions have lost this option
     LIGHT["xla_cpu_use_fusion_emitters"] = False
 
 
-def quick(f: Callable[..., Any]) -> Callable[..., Any]:
+class Quick:
     """`jax.jit(f)`, compiled in less time on a CPU; under another transformation, plain `jit`."""
-    plain = jax.jit(f)
-    light = jax.jit(f, compiler_options=LIGHT)
 
-    @functools.wraps(f)
-    def call(*args: Any) -> Any:
+    def __init__(self, f: Callable[..., Any]) -> None:
+        """Nothing is compiled before the first call, or `ahead`."""
+        self.plain = jax.jit(f)
+        self.light = jax.jit(f, compiler_options=LIGHT)
+
+    def __call__(self, *args: Any) -> Any:
         # Within another program even a constant is traced; options belong to outermost programs.
         outermost = not is_traced(*args, jnp.zeros(()))
-        return (light if outermost and jax.default_backend() == "cpu" else plain)(*args)
+        return (self._own() if outermost else self.plain)(*args)
 
-    return call
+    def ahead(self, pool: Executor, *args: Any) -> Any:
+        """Has the program compiled by a thread of `pool`, unless it is; gives its outputs' shapes.
+
+        It is traced here: models may hold state while they are traced, as NumPyro's handlers do.
+
+        Args:
+            pool: whose threads compile.
+            *args: of a later call, or their shapes and dtypes.
+        """
+        lowered = self._own().lower(*args)
+        pool.submit(lowered.compile)
+        return lowered.out_info
+
+    def _own(self) -> Any:
+        return self.light if jax.default_backend() == "cpu" else self.plain

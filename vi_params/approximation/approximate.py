@@ -1,5 +1,8 @@
 """The one call for people who do not want to choose."""
 
+import itertools
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -7,8 +10,9 @@ import numpy as np
 
 from vi_params._cache import program
 from vi_params._check import explain, require_count, require_instance, require_key
-from vi_params._compile import quick
+from vi_params._compile import Quick
 from vi_params._table import Table
+from vi_params.approximation.ahead import compile_usual
 from vi_params.approximation.result import BATCH, Approximation, judge
 from vi_params.diagnostics import Diagnosis, check
 from vi_params.diagnostics.diagnose import threshold
@@ -141,17 +145,20 @@ def approximate(
     require_key(key, "approximate")
     require_count(lanes, "lanes", "approximate")
     data = resolve(target, data)
-    keys = jax.random.split(key, 5 + ROUNDS)
+    keys = (jax.random.fold_in(key, i) for i in itertools.count())
+    if flat(target).dim <= DENSE:
+        compile_usual(target, key, data, lanes)
 
-    solution, modes = _respond(target, keys[0], data, lanes)
-    _require_valid(target, keys[0], solution, data)
-    candidates = [_judge("linear response", target, solution, keys[1], data)]
+    first = next(keys)
+    solution, modes = _respond(target, first, data, lanes)
+    _require_valid(target, first, solution, data)
+    candidates = [_judge("linear response", target, solution, keys, data)]
     if len(modes) > 1:
-        merged = merge(target, modes, keys[2], data, num_draws=BATCH)
-        candidates.append(_judge(f"{len(modes)} optima merged", target, merged, keys[3], data))
+        merged = merge(target, modes, next(keys), data, num_draws=BATCH)
+        candidates.append(_judge(f"{len(modes)} optima merged", target, merged, keys, data))
     best = _best(candidates)
     if polish and not best.is_good and flat(target).dim <= MIXTURE:
-        candidates.append(_polish(target, best, keys[4:], data))
+        candidates.append(_polish(target, best, keys, data))
         trusted = [candidate for candidate in candidates if candidate.is_trustworthy]
         best = _best(trusted or candidates)
     return _conclude(target, candidates, best, data)
@@ -177,9 +184,11 @@ def _respond(
     return best, modes
 
 
-def _judge(name: str, target: Target, solution: Solution, key: jax.Array, data: Any) -> Candidate:
+def _judge(
+    name: str, target: Target, solution: Solution, keys: Iterator[jax.Array], data: Any
+) -> Candidate:
     weighted = judge(target, solution.guide)
-    draws = [weighted(solution.params, one, data) for one in jax.random.split(key)]
+    draws = [weighted(solution.params, next(keys), data) for _ in range(2)]
     judgements = [jax.device_get(diagnosis) for _, diagnosis in draws]
     worse = max(judgements, key=lambda d: np.nan_to_num(d.k_hat, nan=np.inf))
     return Candidate(name, solution, worse, draws[0][0])
@@ -195,24 +204,29 @@ def _best(candidates: list[Candidate]) -> Candidate:
     return min(candidates, key=rank)
 
 
-def _polish(target: Target, start: Candidate, keys: jax.Array, data: Any) -> Candidate:
+def _polish(target: Target, start: Candidate, keys: Iterator[jax.Array], data: Any) -> Candidate:
     """The best mixture of some rounds of population Monte Carlo."""
     rounds = population(target, start.solution.guide, COMPONENTS, DF, BATCH)
     begin, refit = program(_compiled, rounds)
-    params = begin(start.solution.params, keys[0], start.drawn)
+    key = next(keys)
+    with ThreadPoolExecutor() as pool:  # as `compile_usual` does it
+        params = begin.ahead(pool, start.solution.params, key, start.drawn)
+        judge(target, rounds.guide).ahead(pool, params, key, data)
+        refit.ahead(pool, params, start.drawn)
+    params = begin(start.solution.params, key, start.drawn)
     drawn, tried = start.drawn, []
-    for key in keys[1:]:
+    for _ in range(ROUNDS):
         params = refit(params, drawn)
         solution = start.solution._replace(guide=rounds.guide, params=params)
-        tried.append(_judge(POLISHED, target, solution, key, data))
+        tried.append(_judge(POLISHED, target, solution, keys, data))
         drawn = tried[-1].drawn
         if tried[-1].is_good:
             break
     return _best(tried)
 
 
-def _compiled(rounds: Any) -> tuple[Any, Any]:
-    return quick(rounds.begin), quick(rounds.refit)
+def _compiled(rounds: Any) -> tuple[Quick, Quick]:
+    return Quick(rounds.begin), Quick(rounds.refit)
 
 
 def _conclude(

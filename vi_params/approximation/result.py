@@ -11,7 +11,7 @@ import numpy as np
 
 from vi_params._cache import program
 from vi_params._check import require_count, require_key
-from vi_params._compile import quick
+from vi_params._compile import Quick
 from vi_params._table import Table
 from vi_params._tree import pick
 from vi_params.diagnostics.diagnose import Diagnosis, judged
@@ -134,12 +134,12 @@ class Approximation:
         each = math.ceil(num_draws / batches)
         draw = judge(self.target, self.guide)
         parts = []
-        for one in jax.random.split(key, batches):
-            propose, choose = jax.random.split(one)
+        for i in range(batches):
+            propose, choose = (jax.random.fold_in(key, 2 * i + j) for j in range(2))
             weighted = draw(self.params, propose, self.data)[0]
             index = np.arange(BATCH)
             if self.resampled:
-                index = np.asarray(_pick(choose, weighted.smoothed.log_weights))
+                index = np.asarray(resampled(choose, weighted.smoothed.log_weights))
             # In numpy: every number of draws would compile a program of its own.
             found = jax.device_get((weighted.latents, weighted.position))
             parts.append(jax.tree.map(lambda leaf, i=index[:each]: leaf[i], found))
@@ -152,13 +152,13 @@ class Approximation:
     __repr__ = __str__
 
 
-def judge(target: Target, guide: Guide) -> Callable[..., tuple[Weighted, Diagnosis]]:
+def judge(target: Target, guide: Guide) -> Quick:
     """`(params, key, data) -> (Weighted, Diagnosis)` of a batch of draws, compiled once."""
     return program(_judge, target, guide)
 
 
-def _judge(target: Target, guide: Guide) -> Callable[..., tuple[Weighted, Diagnosis]]:
-    @quick
+def _judge(target: Target, guide: Guide) -> Quick:
+    @Quick
     def compiled(params: Any, key: jax.Array, data: Any) -> tuple[Weighted, Diagnosis]:
         noise = guide.noise(key, BATCH)
         weighted = weigh(target, guide, params, noise, data, nan_is_outside=True)
@@ -167,14 +167,14 @@ def _judge(target: Target, guide: Guide) -> Callable[..., tuple[Weighted, Diagno
     return compiled
 
 
-@quick
-def _pick(key: jax.Array, log_weights: jax.Array) -> jax.Array:
+@Quick
+def resampled(key: jax.Array, log_weights: jax.Array) -> jax.Array:
     """A batch of draws in random order: each of its parts is one, too."""
     return pick_draws(key, log_weights, BATCH)
 
 
 def _deterministic(target: Target) -> Callable[..., dict[str, jax.Array]]:
-    @quick
+    @Quick
     def compiled(params: Any, latents: Any, data: Any) -> dict[str, jax.Array]:
         values = constrain(target.declared, pick(params, target.declared))
         return jax.vmap(lambda one: target.deterministic(values, one, data))(latents)

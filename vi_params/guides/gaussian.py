@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from numpyro.distributions import constraints
 
 from vi_params._check import explain, require_instance
@@ -85,7 +86,7 @@ def mean_field(
     if has_local(target):
         return local_mean_field(target, init, positive(init_scale), name)
     dim = flat(target).dim
-    scale = jnp.full(dim, positive(init_scale))
+    scale = np.full(dim, positive(init_scale))
     declared = {
         name: {
             "loc": Param(start_vector(target, init)),
@@ -125,7 +126,7 @@ def full_rank(
     """
     require_whole_plates(target, "vi.guides.full_rank")
     dim = flat(target).dim
-    scale_tril = positive(init_scale) * jnp.eye(dim)
+    scale_tril = positive(init_scale) * np.eye(dim)
     declared = {
         name: {
             "loc": Param(start_vector(target, init)),

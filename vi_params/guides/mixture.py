@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.special import gammaln, logsumexp
 from numpyro.distributions import constraints
 
@@ -81,11 +82,11 @@ def mixture(
     flat_target = flat(target)
     dim = flat_target.dim
     start = start_vector(target, init)
-    scale_trils = positive(init_scale) * jnp.tile(jnp.eye(dim), (num_components, 1, 1))
+    scale_trils = positive(init_scale) * np.tile(np.eye(dim), (num_components, 1, 1))
     declared = {
         name: {
             "weights": Param(
-                jnp.full(num_components, 1 / num_components), constraint=constraints.simplex
+                np.full(num_components, 1 / num_components), constraint=constraints.simplex
             ),
             "locs": Param(lambda key: jax.vmap(start)(jax.random.split(key, num_components))),
             "scale_trils": Param(scale_trils, constraint=constraints.lower_cholesky),
@@ -143,12 +144,17 @@ def mixture_noise(
 
 def at_noise(components: Components, noise: Any, df: int | None) -> jax.Array:
     """The unconstrained vector of one piece of noise."""
-    edges = jnp.cumsum(components.weights)
-    k = jnp.sum(noise["component"] * edges[-1] >= edges[:-1])
+    k = component_of(components, noise)
     e = noise["normal"]
     if df is not None:
         e = e * jnp.sqrt(df / noise["chi_square"])
     return components.locs[k] + components.scale_trils[k] @ e
+
+
+def component_of(components: Components, noise: Any) -> jax.Array:
+    """Which component one piece of noise chooses."""
+    edges = jnp.cumsum(components.weights)
+    return jnp.sum(noise["component"] * edges[-1] >= edges[:-1])
 
 
 def log_prob_of(components: Components, u: jax.Array, df: int | None) -> jax.Array:

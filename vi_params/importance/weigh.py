@@ -71,4 +71,5 @@ def pick_draws(key: jax.Array, log_weights: jax.Array, num_draws: int) -> jax.Ar
     edges = jnp.cumsum(jnp.exp(log_weights))
     levels = (jnp.arange(num_draws) + jax.random.uniform(place)) / num_draws
     chosen = jnp.searchsorted(edges, levels * edges[-1])
-    return jax.random.permutation(order, jnp.minimum(chosen, len(log_weights) - 1))
+    shuffled = jnp.argsort(jax.random.bits(order, (num_draws,)))
+    return jnp.minimum(chosen, len(log_weights) - 1)[shuffled]

@@ -17,7 +17,7 @@ from jax.flatten_util import ravel_pytree
 
 from vi_params._cache import program
 from vi_params._check import require_count, require_key
-from vi_params._compile import quick
+from vi_params._compile import Quick
 from vi_params.guide import Guide
 from vi_params.guides import mean_field
 from vi_params.matching import joint_declared
@@ -100,6 +100,21 @@ def deterministic(
         (True, True)
     """
     require_key(key, "solvers.deterministic")
+    guide, solve = prepared(target, num_draws, noise, lanes, init, tolerance, max_steps, name)
+    return Solution(guide, *solve(key, resolve(target, data)))
+
+
+def prepared(
+    target: Target,
+    num_draws: int | None = None,
+    noise: Noise | None = None,
+    lanes: int = 4,
+    init: Any = None,
+    tolerance: float | None = None,
+    max_steps: int = 200,
+    name: str = "guide",
+) -> tuple[Guide, Quick]:
+    """The guide, and the program `(key, data) -> the fields of the Solution after its guide`."""
     require_count(lanes, "lanes", "solvers.deterministic")
     require_count(max_steps, "max_steps", "solvers.deterministic")
     target = whole(target)
@@ -110,10 +125,9 @@ def deterministic(
     if tolerance is None:
         tolerance = 1e-6 if jnp.result_type(float) == jnp.float64 else 1e-5
     scheme = noise or (orthogonal() if dim <= FULL_FRAME else moment_matched())
-    guide, solve = program(
+    return program(
         _build, target, num_draws, lanes, tolerance, max_steps, name, alike=(scheme, init)
     )
-    return Solution(guide, *solve(key, resolve(target, data)))
 
 
 def _build(
@@ -125,15 +139,14 @@ def _build(
     name: str,
     scheme: Noise,
     init: Any,
-) -> tuple[Guide, Any]:
+) -> tuple[Guide, Quick]:
     guide = mean_field(target, init=init, name=name)
     layout = Layout(target, guide)
     radii = jnp.array([RADII[i] if i < len(RADII) else 1.0 for i in range(lanes)])
     entropy = 0.5 * layout.dim * (1 + math.log(2 * math.pi))
 
-    @quick
+    @Quick
     def solve(key: jax.Array, data: Any) -> tuple:
-        """The fields of the `Solution` after its guide."""
         draws = scheme.draw(jax.random.fold_in(key, lanes), num_draws, layout.dim)
         f = fixed_draws(
             layout.log_density(data), draws, lanes * layout.size(data), layout.num_model

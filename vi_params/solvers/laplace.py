@@ -19,7 +19,7 @@ from jax.flatten_util import ravel_pytree
 
 from vi_params._cache import program
 from vi_params._check import require_count, require_key
-from vi_params._compile import quick
+from vi_params._compile import Quick
 from vi_params.guide import Guide
 from vi_params.guides import full_rank
 from vi_params.guides.starts import start_vector
@@ -187,7 +187,7 @@ def _build(
             found = found._replace(steps=outer.steps)
         return {**model, name: (found.x, bend.scale_tril)}, evidence, status, found.steps
 
-    @quick
+    @Quick
     def solve(key: jax.Array, data: Any) -> tuple[Any, SolverInfo]:
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(lanes))
         params, evidence, status, steps = jax.vmap(lane, (0, 0, None))(keys, radii, data)

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from vi_params._cache import program
-from vi_params._compile import quick
+from vi_params._compile import Quick
 from vi_params._over import over
+from vi_params.guide import Guide
 from vi_params.guides import full_rank, mean_field
 from vi_params.guides.low_rank import checked_rank
 from vi_params.objectives.objective import resolve
@@ -77,7 +78,7 @@ def linear_response(
         data = resolve(target, data)
         params, info = respond(solution.params, solution.info, solution.noise, data)
         return Solution(guide, params, info, solution.noise)
-    guide, expand, respond = program(_build, target, name)
+    guide, expand, respond = prepared(target, name)
     response = solution.response
     if response is None:
         response = expand(solution.params, solution.noise, resolve(target, data))
@@ -85,12 +86,18 @@ def linear_response(
     return Solution(guide, params, info, solution.noise)
 
 
-def _build(target: Target, name: str) -> Any:
+def prepared(target: Target, name: str) -> tuple[Guide, Quick, Quick]:
+    """The guide, and the programs `(params, draws, data) -> Response` and
+    `(params, info, response) -> (params, info)`."""
+    return program(_build, target, name)
+
+
+def _build(target: Target, name: str) -> tuple[Guide, Quick, Quick]:
     guide = full_rank(target, name=name)
     layout = Layout(target, mean_field(target, name=name))
     dim = layout.dim
 
-    @quick
+    @Quick
     def expand(params: Any, draws: jax.Array, data: Any) -> Response:
         """The Hessian by columns, the scores by pairs: where they are too large to be at hand."""
         log_density = layout.log_density(data)
@@ -113,7 +120,7 @@ def _build(target: Target, name: str) -> Any:
         hessian = lax.map(column, jnp.eye(2 * dim, dtype=x.dtype))
         return Response(hessian, over(lambda pair: slope(x, pair), pairs, at_once))
 
-    @quick
+    @Quick
     def respond(params: Any, info: SolverInfo, response: Response) -> Any:
         own = params[name]
         scale = jnp.exp(own["scale"])
@@ -128,7 +135,8 @@ def _build(target: Target, name: str) -> Any:
         # The loss is the mean over pairs of independent draws of a pair's own loss.
         scores = unit * response.scores
         moved = (scores - scores.mean(0)) @ location.T
-        relative = jnp.max(standard_error(moved) / jnp.sqrt(jnp.diagonal(covariance)))
+        error = standard_error(moved, len(scores))
+        relative = jnp.max(error / jnp.sqrt(jnp.diagonal(covariance)))
 
         definite = jnp.all(jnp.isfinite(scale_tril))
         scale_tril = jnp.where(definite, scale[:, None] * scale_tril, jnp.diag(scale))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from vi_params._cache import program
 from vi_params._check import explain, require_count, require_instance, require_key
-from vi_params._compile import quick
+from vi_params._compile import Quick
 from vi_params.guide import Guide
 from vi_params.guides import mixture
 from vi_params.guides.mixture import Components, require_gaussian
@@ -87,7 +87,7 @@ def merge(
 def _build(target: Target, name: str, num_draws: int, *guides: Guide) -> tuple[Guide, Any]:
     guide = mixture(target, len(guides), name=name)
 
-    @quick
+    @Quick
     def join(all_params: tuple, key: jax.Array, data: Any) -> tuple[Any, SolverInfo]:
         keys = jax.random.split(key, len(guides))
         log_evidences, parts = [], []

@@ -15,7 +15,7 @@ from jax import lax
 
 from vi_params._cache import program
 from vi_params._check import require_count, require_key
-from vi_params._compile import quick
+from vi_params._compile import Quick
 from vi_params._tree import all_finite
 from vi_params.guide import Guide
 from vi_params.guides import full_rank
@@ -176,7 +176,7 @@ def _build(
         found = (best.loc, scale_tril, best.elbo, best.step, trace.steps, status)
         return found, z, jax.vmap(log_p)(z)
 
-    @quick
+    @Quick
     def solve(key: jax.Array, model: Any, data: Any) -> tuple[Any, SolverInfo]:
         keys = jax.random.split(key, paths)
         found, z, log_p = jax.vmap(path, (0, None, None))(keys, model, data)

@@ -24,7 +24,7 @@ from jax import lax
 
 from vi_params._cache import program
 from vi_params._check import require_count, require_instance, require_key
-from vi_params._compile import quick
+from vi_params._compile import Quick
 from vi_params._tree import all_finite, where_tree
 from vi_params.guide import Guide
 from vi_params.guides import mixture
@@ -248,7 +248,7 @@ def _weigh(target: Target, guide: Guide, params: Any, noise: Any, data: Any) -> 
 
 
 def _build(rounds: Population, max_steps: int) -> Any:
-    @quick
+    @Quick
     def solve(start: Any, key: jax.Array, data: Any) -> tuple[Any, SolverInfo]:
         keys = jax.random.split(key, max_steps + 2)
         drawn = rounds.first(start, keys[0], data)

@@ -9,7 +9,7 @@ from jax.flatten_util import ravel_pytree
 
 from vi_params._cache import program
 from vi_params._check import explain
-from vi_params._compile import quick
+from vi_params._compile import Quick
 from vi_params._over import over
 from vi_params._tree import pick
 from vi_params.objectives.objective import resolve
@@ -94,7 +94,7 @@ def quantity_response(
 def _build(target: Target, name: str, quantity: Any) -> Any:
     flattened = flat(target)
 
-    @quick
+    @Quick
     def respond(params: Any, status: jax.Array, draws: jax.Array, data: Any) -> QuantityResponse:
         values = constrain(target.declared, pick(params, target.declared))
 
@@ -121,7 +121,7 @@ def _build(target: Target, name: str, quantity: Any) -> Any:
             mean=unravel(mean(inverse.x)),
             sd=unravel(jnp.sqrt(variances)),
             covariance=covariance,
-            sampling_error=unravel(standard_error(inverse.scores @ moved.T)),
+            sampling_error=unravel(standard_error(inverse.scores @ moved.T, len(inverse.scores))),
             status=judged(status, jnp.all(variances >= 0), residual),
         )
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from vi_params._cache import program
 from vi_params._check import explain, require_count, require_key
-from vi_params._compile import quick
+from vi_params._compile import Quick
 from vi_params.guide import Guide
 from vi_params.guides.starts import start_vector
 from vi_params.params import unconstrain
@@ -101,7 +101,7 @@ def _build(
     guide = form.family(target, init=init, name=name)
     density, first_gaussian = log_density(target), gaussian_start(target, init)
 
-    @quick
+    @Quick
     def solve(key: jax.Array, given: Given | None, data: Any) -> tuple[Any, SolverInfo]:
         of_start, of_form, of_draws = jax.random.split(key, 3)
         first = first_gaussian(of_start, data) if given is None else given

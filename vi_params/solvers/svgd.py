@@ -17,7 +17,7 @@ from jax import lax
 
 from vi_params._cache import program
 from vi_params._check import explain, require_count, require_instance, require_key
-from vi_params._compile import quick
+from vi_params._compile import Quick
 from vi_params._tree import all_finite
 from vi_params.params import constrain
 from vi_params.solvers.score_solver import first_given, gaussian_start
@@ -203,7 +203,7 @@ def _build(
     density, first_gaussian = log_density(target), gaussian_start(target, init)
     flat_target = flat(target)
 
-    @quick
+    @Quick
     def solve(key: jax.Array, given: Given | None, data: Any) -> Particles:
         of_start, of_draws = jax.random.split(key)
         first = first_gaussian(of_start, data) if given is None else given

@@ -154,7 +154,7 @@ def minimise(
         [~jnp.isfinite(end.value), end.done, end.radius <= smallest],
         [SolverStatus.INVALID_START, SolverStatus.CONVERGED, SolverStatus.STALLED],
         SolverStatus.MAX_STEPS,
-    )
+    ).astype(jnp.int32)
     return Minimum(end.x, end.value, end.curvature, end.steps, status)
 
 

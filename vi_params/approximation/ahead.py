@@ -1,0 +1,32 @@
+"""What a first call compiles, side by side: compiling is most of its time."""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+
+from vi_params.approximation.result import judge, resampled
+from vi_params.solvers.deterministic import prepared as prepared_solver
+from vi_params.solvers.linear_response import prepared as prepared_response
+from vi_params.target import Target
+
+
+def compile_usual(target: Target, key: jax.Array, data: Any, lanes: int) -> None:
+    """Compiles, unless it is, what leads from a target to draws of its dense linear response.
+
+    Args:
+        target: what to approximate.
+        key: a typed random key.
+        data: the data.
+        lanes: as `vi.solvers.deterministic` takes them.
+    """
+    mean_field, solve = prepared_solver(target, lanes=lanes)
+    (name,) = mean_field.declared
+    guide, expand, respond = prepared_response(target, name)
+    with ThreadPoolExecutor() as pool:
+        params, info, draws, response, _ = solve.ahead(pool, key, data)
+        if response is None:
+            response = expand.ahead(pool, params, draws, data)
+        params, _ = respond.ahead(pool, params, info, response)
+        weighted, _ = judge(target, guide).ahead(pool, params, key, data)
+        resampled.ahead(pool, key, weighted.smoothed.log_weights)
