@@ -19,10 +19,15 @@ if jax.__version_info__ < (0, 11):  # later versions have lost this option
 class Quick:
     """`jax.jit(f)`, compiled in less time on a CPU; under another transformation, plain `jit`."""
 
-    def __init__(self, f: Callable[..., Any]) -> None:
-        """Nothing is compiled before the first call, or `ahead`."""
+    def __init__(self, f: Callable[..., Any], options: dict[str, Any] = LIGHT) -> None:
+        """Nothing is compiled before the first call, or `ahead`.
+
+        Args:
+            f: a function of arrays.
+            options: XLA's on a CPU; none for programs that run long enough to be optimised.
+        """
         self.plain = jax.jit(f)
-        self.light = jax.jit(f, compiler_options=LIGHT)
+        self.light = jax.jit(f, compiler_options=options) if options else self.plain
 
     def __call__(self, *args: Any) -> Any:
         # Within another program even a constant is traced; options belong to outermost programs.

@@ -158,13 +158,12 @@ def judge(target: Target, guide: Guide) -> Quick:
 
 
 def _judge(target: Target, guide: Guide) -> Quick:
-    @Quick
-    def compiled(params: Any, key: jax.Array, data: Any) -> tuple[Weighted, Diagnosis]:
+    def weighted(params: Any, key: jax.Array, data: Any) -> tuple[Weighted, Diagnosis]:
         noise = guide.noise(key, BATCH)
-        weighted = weigh(target, guide, params, noise, data, nan_is_outside=True)
-        return weighted, judged(guide, weighted)
+        found = weigh(target, guide, params, noise, data, nan_is_outside=True)
+        return found, judged(guide, found)
 
-    return compiled
+    return Quick(weighted, options={})
 
 
 @Quick

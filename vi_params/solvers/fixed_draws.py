@@ -59,6 +59,18 @@ def fixed_draws(log_density: LogDensity, draws: jax.Array, size: int, num_model:
         num_model: the length of theta.
     """
     num_draws, dim = draws.shape
+    expand = expansion(log_density, draws, size, num_model)
+    if is_dense(dim, num_model) and exists(expand, draws, num_model):
+        return Smooth(expand, lambda curvature, v: curvature.hessian @ v)
+    plain = loss(log_density, draws, divisor(num_draws, BLOCK // size))
+    return matrix_free(plain, lambda x: units(x, dim))
+
+
+def expansion(
+    log_density: LogDensity, draws: jax.Array, size: int, num_model: int
+) -> Callable[[jax.Array], tuple[jax.Array, jax.Array, Response]]:
+    """`x -> (F, its gradient, its Response)`; arguments as for `fixed_draws`."""
+    num_draws, dim = draws.shape
     at_once = divisor(num_draws, BLOCK // (size * (dim + num_model)))
 
     @jax.jit  # traced once, though asked for more than once
@@ -88,13 +100,10 @@ def fixed_draws(log_density: LogDensity, draws: jax.Array, size: int, num_model:
         curvature = Response(hessians.mean(0), pairs)
         return values.mean() - jnp.sum(w), pairs.mean(0), curvature
 
-    if is_dense(dim, num_model) and _exists(expand, draws, num_model):
-        return Smooth(expand, lambda curvature, v: curvature.hessian @ v)
-    plain = loss(log_density, draws, divisor(num_draws, BLOCK // size))
-    return matrix_free(plain, lambda x: units(x, dim))
+    return expand
 
 
-def _exists(expand: Callable[[jax.Array], Any], draws: jax.Array, num_model: int) -> bool:
+def exists(expand: Callable[[jax.Array], Any], draws: jax.Array, num_model: int) -> bool:
     """Whether the log density has second derivatives."""
     size = 2 * draws.shape[1] + num_model
     try:

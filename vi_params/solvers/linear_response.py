@@ -24,11 +24,14 @@ from vi_params.objectives.objective import resolve
 from vi_params.params import unconstrain
 from vi_params.solvers.curvature import along
 from vi_params.solvers.deterministic import Layout
-from vi_params.solvers.fixed_draws import BLOCK, Response, divisor, loss
+from vi_params.solvers.fixed_draws import BLOCK, Response, divisor, exists, expansion, loss
 from vi_params.solvers.inverse_products import require_mean_field, standard_error
 from vi_params.solvers.low_rank_response import build_low_rank
 from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus
 from vi_params.target import Target, flat, whole
+
+HESSIANS = 2**24
+"""How many numbers the Hessians of all draws may hold."""
 
 
 def linear_response(
@@ -99,17 +102,22 @@ def _build(target: Target, name: str) -> tuple[Guide, Quick, Quick]:
 
     @Quick
     def expand(params: Any, draws: jax.Array, data: Any) -> Response:
-        """The Hessian by columns, the scores by pairs: where they are too large to be at hand."""
-        log_density = layout.log_density(data)
-        x = layout.vector(params)
-        theta = x[2 * dim :]
+        """The Hessian and scores that were not at hand: by draws, or by columns if too large."""
+        x, unit = layout.vector(params), layout.units(layout.vector(params))
+        theta, x, unit = x[2 * dim :], x[: 2 * dim], unit[: 2 * dim]
+
+        def log_density(u: jax.Array, _: jax.Array) -> jax.Array:
+            return layout.log_density(data)(u, theta)
+
+        by_draw = expansion(log_density, draws, layout.size(data), 0)
+        if draws.size * 4 * dim <= HESSIANS and exists(by_draw, draws, 0):
+            return by_draw(x)[2]
+
         at_once = divisor(len(draws) // 2, BLOCK // (2 * layout.size(data)))
+        pairs = draws.reshape(2, -1, dim).swapaxes(0, 1)
 
         def slope(x: jax.Array, pair: jax.Array) -> jax.Array:
-            return jax.grad(loss(lambda u, _: log_density(u, theta), pair))(x)
-
-        pairs = draws.reshape(2, -1, dim).swapaxes(0, 1)
-        x, unit = x[: 2 * dim], layout.units(x)[: 2 * dim]
+            return jax.grad(loss(log_density, pair))(x)
 
         def column(v: jax.Array) -> jax.Array:
             def product(pair: jax.Array) -> jax.Array:
