@@ -11,7 +11,7 @@ from vi_params.solvers.linear_response import prepared as prepared_response
 from vi_params.target import Target
 
 
-def compile_usual(target: Target, key: jax.Array, data: Any, lanes: int) -> None:
+def compile_usual(target: Target, key: jax.Array, data: Any, lanes: int, num_draws: int) -> None:
     """Compiles, unless it is, what leads from a target to draws of its dense linear response.
 
     Args:
@@ -19,6 +19,7 @@ def compile_usual(target: Target, key: jax.Array, data: Any, lanes: int) -> None
         key: a typed random key.
         data: the data.
         lanes: as `vi.solvers.deterministic` takes them.
+        num_draws: by how many draws it is judged.
     """
     mean_field, solve = prepared_solver(target, lanes=lanes)
     (name,) = mean_field.declared
@@ -28,5 +29,5 @@ def compile_usual(target: Target, key: jax.Array, data: Any, lanes: int) -> None
         if response is None:
             response = expand.ahead(pool, params, draws, data)
         params, _ = respond.ahead(pool, params, info, response)
-        weighted, _ = judge(target, guide).ahead(pool, params, key, data)
+        weighted, _ = judge(target, guide, num_draws).ahead(pool, params, key, data)
         resampled.ahead(pool, key, weighted.smoothed.log_weights)

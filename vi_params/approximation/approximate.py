@@ -1,48 +1,30 @@
 """The one call for people who do not want to choose."""
 
 import itertools
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
-from vi_params._cache import program
 from vi_params._check import explain, require_count, require_instance, require_key
-from vi_params._compile import Quick
 from vi_params._table import Table
 from vi_params.approximation.ahead import compile_usual
-from vi_params.approximation.result import BATCH, Approximation, judge
-from vi_params.diagnostics import Diagnosis, check
+from vi_params.approximation.candidate import Candidate, best_of, judged
+from vi_params.approximation.polish import can_polish
+from vi_params.approximation.polish import polish as polished
+from vi_params.approximation.result import Approximation
+from vi_params.diagnostics import check
 from vi_params.diagnostics.diagnose import threshold
-from vi_params.importance import Weighted
 from vi_params.objectives.objective import resolve
 from vi_params.solvers.deterministic import deterministic
 from vi_params.solvers.linear_response import linear_response
 from vi_params.solvers.merge import merge
 from vi_params.solvers.optima import distinct
-from vi_params.solvers.population_monte_carlo import GOOD_K_HAT, GOOD_SHARE, population
 from vi_params.solvers.solution import Solution, SolverStatus
 from vi_params.target import Target, flat
 
-COMPONENTS = 8
-"""How many components the mixture has that polishes an approximation."""
-
-DF = 7
-"""Their degrees of freedom."""
-
-MIXTURE = 32
-"""The largest dimension in which a mixture is tried."""
-
-ROUNDS = 10
-"""How many rounds of population Monte Carlo are made at most."""
-
-EFFECTIVE = 0.05
-"""The smallest share of effective draws at which resampling them is worth it."""
-
-POLISHED = "population Monte Carlo"
-"""What the polished mixture is called."""
+BATCH = 4000
+"""By how many draws a Gaussian is judged."""
 
 TOLERABLE = 0.5
 """The largest sampling error of the fixed draws, in posterior standard deviations: above it they
@@ -58,44 +40,6 @@ RANK = 64
 """How many directions it holds above."""
 
 
-class Candidate(NamedTuple):
-    """An approximation that was tried.
-
-    Attributes:
-        name: how it was found.
-        solution: the guide and its parameters.
-        diagnosis: the worse of two judgements by independent draws: one can be lucky.
-        drawn: the draws of the first.
-    """
-
-    name: str
-    solution: Solution
-    diagnosis: Diagnosis
-    drawn: Weighted
-
-    @property
-    def share(self) -> float:
-        """How many of the draws are effective."""
-        return float(self.diagnosis.ess) / BATCH
-
-    @property
-    def is_good(self) -> bool:
-        """Whether there is nothing left to gain.
-
-        What was fitted to its own weighted draws is asked for more: a tail that they do not reach
-        is missing from the fit and from the weights alike.
-        """
-        limit = GOOD_K_HAT if self.name == POLISHED else threshold(BATCH)
-        return float(self.diagnosis.k_hat) < limit and self.share > GOOD_SHARE
-
-    @property
-    def is_trustworthy(self) -> bool:
-        """Whether its weighted draws are the posterior's."""
-        if self.name == POLISHED:
-            return self.is_good
-        return float(self.diagnosis.k_hat) < threshold(BATCH) and self.share > EFFECTIVE
-
-
 def approximate(
     target: Target, key: jax.Array, data: Any = None, *, lanes: int = 4, polish: bool = True
 ) -> Approximation:
@@ -103,9 +47,11 @@ def approximate(
 
     Fixed-draw mean-field from several starts, covariances by linear response, a judgement by
     Pareto-smoothed importance sampling; where distinct optima were found, their mixture; where that
-    is not good enough, a mixture of Student-t distributions polished by population Monte Carlo. It
-    stops at the first that is good: k-hat below 0.7 (0.5 for the mixture, which was fitted to such
-    weights) in two independent judgements, and half of the draws effective.
+    is not good enough, a mixture of Student-t distributions polished by population Monte Carlo, in
+    all directions in up to 32 dimensions and along the most active ones in up to 500. It stops at
+    the first that is good: k-hat below 0.7 (0.5 for the mixture, which was fitted to such weights)
+    and half of the draws effective. Trusted is what has a k-hat below 0.7 in two independent
+    judgements and enough effective draws: 5 % of a Gaussian's, 15 % of the mixture's.
 
     It runs on the host; the pieces are pure: `vi.solvers.deterministic`, `vi.linear_response`,
     `vi.merge`, `vi.solvers.population_monte_carlo`, `vi.diagnose`, `vi.resample`. A second call
@@ -147,20 +93,21 @@ def approximate(
     data = resolve(target, data)
     keys = (jax.random.fold_in(key, i) for i in itertools.count())
     if flat(target).dim <= DENSE:
-        compile_usual(target, key, data, lanes)
+        compile_usual(target, key, data, lanes, BATCH)
 
     first = next(keys)
     solution, modes = _respond(target, first, data, lanes)
     _require_valid(target, first, solution, data)
-    candidates = [_judge("linear response", target, solution, keys, data)]
+    candidates = [judged("linear response", target, solution, keys, data, BATCH)]
     if len(modes) > 1:
         merged = merge(target, modes, next(keys), data, num_draws=BATCH)
-        candidates.append(_judge(f"{len(modes)} optima merged", target, merged, keys, data))
-    best = _best(candidates)
-    if polish and not best.is_good and flat(target).dim <= MIXTURE:
-        candidates.append(_polish(target, best, keys, data))
+        name = f"{len(modes)} optima merged"
+        candidates.append(judged(name, target, merged, keys, data, BATCH))
+    best = best_of(candidates)
+    if polish and not best.is_good and can_polish(target, best):
+        candidates.append(polished(target, best, keys, data))
         trusted = [candidate for candidate in candidates if candidate.is_trustworthy]
-        best = _best(trusted or candidates)
+        best = best_of(trusted or candidates)
     return _conclude(target, candidates, best, data)
 
 
@@ -182,51 +129,6 @@ def _respond(
         other = solution._replace(params=lane[0], info=info, response=lane[1])
         modes.append(linear_response(target, other, data, rank=rank))
     return best, modes
-
-
-def _judge(
-    name: str, target: Target, solution: Solution, keys: Iterator[jax.Array], data: Any
-) -> Candidate:
-    weighted = judge(target, solution.guide)
-    draws = [weighted(solution.params, next(keys), data) for _ in range(2)]
-    judgements = [jax.device_get(diagnosis) for _, diagnosis in draws]
-    worse = max(judgements, key=lambda d: np.nan_to_num(d.k_hat, nan=np.inf))
-    return Candidate(name, solution, worse, draws[0][0])
-
-
-def _best(candidates: list[Candidate]) -> Candidate:
-    """The one whose weights have the lightest tail; among light ones, the most effective."""
-
-    def rank(candidate: Candidate) -> tuple[float, float]:
-        k_hat = np.nan_to_num(candidate.diagnosis.k_hat, nan=np.inf)
-        return max(float(k_hat), GOOD_K_HAT), -candidate.share
-
-    return min(candidates, key=rank)
-
-
-def _polish(target: Target, start: Candidate, keys: Iterator[jax.Array], data: Any) -> Candidate:
-    """The best mixture of some rounds of population Monte Carlo."""
-    rounds = population(target, start.solution.guide, COMPONENTS, DF, BATCH)
-    begin, refit = program(_compiled, rounds)
-    key = next(keys)
-    with ThreadPoolExecutor() as pool:  # as `compile_usual` does it
-        params = begin.ahead(pool, start.solution.params, key, start.drawn)
-        judge(target, rounds.guide).ahead(pool, params, key, data)
-        refit.ahead(pool, params, start.drawn)
-    params = begin(start.solution.params, key, start.drawn)
-    drawn, tried = start.drawn, []
-    for _ in range(ROUNDS):
-        params = refit(params, drawn)
-        solution = start.solution._replace(guide=rounds.guide, params=params)
-        tried.append(_judge(POLISHED, target, solution, keys, data))
-        drawn = tried[-1].drawn
-        if tried[-1].is_good:
-            break
-    return _best(tried)
-
-
-def _compiled(rounds: Any) -> tuple[Quick, Quick]:
-    return Quick(rounds.begin), Quick(rounds.refit)
 
 
 def _conclude(
@@ -257,7 +159,7 @@ def _conclude(
 
 
 def _verdict(best: Candidate) -> str:
-    k_hat, limit = float(best.diagnosis.k_hat), threshold(BATCH)
+    k_hat, limit = float(best.diagnosis.k_hat), threshold(int(best.diagnosis.num_draws))
     found = f"{best.name}: k-hat {k_hat:.2f}, {100 * best.share:.0f} % of the draws effective"
     if best.is_trustworthy:
         return f"Trust this ({found}); draws are importance-resampled."

@@ -20,8 +20,8 @@ from vi_params.importance import Weighted, pick_draws, weigh
 from vi_params.params import constrain
 from vi_params.target import Target, split_vector
 
-BATCH = 4000
-"""How many draws of the guide are weighted at once."""
+STARTS = 1000
+"""From how many draws `nuts_start` estimates the mass matrix."""
 
 MOST_BATCHES = 25
 """How many such batches one call of `draws` makes at most."""
@@ -112,7 +112,7 @@ class Approximation:
         """
         require_key(key, "Approximation.nuts_start")
         require_count(num_chains, "num_chains", "Approximation.nuts_start")
-        _, position = self._choose(key, max(BATCH // 4, num_chains))
+        _, position = self._choose(key, max(STARTS, num_chains))
         centred = position - position.mean(0)
         covariance = centred.T @ centred / len(position)
         # Few distinct draws can lie in a plane: a little of the diagonal keeps the matrix regular.
@@ -126,18 +126,17 @@ class Approximation:
 
     def _choose(self, key: jax.Array, num_draws: int) -> tuple[dict[str, jax.Array], jax.Array]:
         """Latents and unconstrained vectors of `num_draws` draws."""
-        if self.resampled:  # so many batches that a draw is seldom taken twice
-            fresh = max(1.0, 0.5 * BATCH * float(self.diagnosis.ess) / self.diagnosis.num_draws)
-        else:
-            fresh = BATCH
+        size = int(self.diagnosis.num_draws)
+        # So many batches that a draw is seldom taken twice.
+        fresh = max(1.0, 0.5 * float(self.diagnosis.ess)) if self.resampled else size
         batches = min(MOST_BATCHES, math.ceil(num_draws / fresh))
         each = math.ceil(num_draws / batches)
-        draw = judge(self.target, self.guide)
+        draw = judge(self.target, self.guide, size)
         parts = []
         for i in range(batches):
             propose, choose = (jax.random.fold_in(key, 2 * i + j) for j in range(2))
             weighted = draw(self.params, propose, self.data)[0]
-            index = np.arange(BATCH)
+            index = np.arange(size)
             if self.resampled:
                 index = np.asarray(resampled(choose, weighted.smoothed.log_weights))
             # In numpy: every number of draws would compile a program of its own.
@@ -152,14 +151,14 @@ class Approximation:
     __repr__ = __str__
 
 
-def judge(target: Target, guide: Guide) -> Quick:
+def judge(target: Target, guide: Guide, num_draws: int) -> Quick:
     """`(params, key, data) -> (Weighted, Diagnosis)` of a batch of draws, compiled once."""
-    return program(_judge, target, guide)
+    return program(_judge, target, guide, num_draws)
 
 
-def _judge(target: Target, guide: Guide) -> Quick:
+def _judge(target: Target, guide: Guide, num_draws: int) -> Quick:
     def weighted(params: Any, key: jax.Array, data: Any) -> tuple[Weighted, Diagnosis]:
-        noise = guide.noise(key, BATCH)
+        noise = guide.noise(key, num_draws)
         found = weigh(target, guide, params, noise, data, nan_is_outside=True)
         return found, judged(guide, found)
 
@@ -169,7 +168,7 @@ def _judge(target: Target, guide: Guide) -> Quick:
 @Quick
 def resampled(key: jax.Array, log_weights: jax.Array) -> jax.Array:
     """A batch of draws in random order: each of its parts is one, too."""
-    return pick_draws(key, log_weights, BATCH)
+    return pick_draws(key, log_weights, len(log_weights))
 
 
 def _deterministic(target: Target) -> Callable[..., dict[str, jax.Array]]:

@@ -1,0 +1,79 @@
+"""What follows where one Gaussian is not good enough: a mixture, by population Monte Carlo."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+
+from vi_params._cache import program
+from vi_params._compile import Quick
+from vi_params.approximation.candidate import Candidate, best_of, judged
+from vi_params.approximation.result import judge, resampled
+from vi_params.solvers.population_monte_carlo import GOOD_K_HAT, Population, population
+from vi_params.target import Target, flat
+
+COMPONENTS = 16
+"""How many components the mixture has."""
+
+DF = 7
+"""Their degrees of freedom."""
+
+DRAWS = 16000
+"""How many draws a round makes: few components of few draws leave out the neck of a funnel."""
+
+FREE = 32
+"""The largest dimension in which the components are free in all directions."""
+
+ACTIVE = 4
+"""Along how many directions they are free in more dimensions."""
+
+LARGEST = 500
+"""The largest dimension in which a mixture is tried."""
+
+ROUNDS = 16
+"""How many rounds are made at most."""
+
+EFFECTIVE = 0.15
+"""The smallest share of effective draws of a mixture to be trusted: a tail that its draws do not
+reach is missing from the weights and from what was fitted to them alike."""
+
+POLISHED = "population Monte Carlo"
+"""What the polished mixture is called."""
+
+
+def can_polish(target: Target, start: Candidate) -> bool:
+    """Whether a mixture is worth trying."""
+    (name,) = start.solution.guide.declared
+    is_mixture = "weights" in start.solution.params[name]
+    return flat(target).dim <= (FREE if is_mixture else LARGEST)
+
+
+def polish(target: Target, start: Candidate, keys: Iterator[jax.Array], data: Any) -> Candidate:
+    """The best mixture of some rounds of population Monte Carlo, judged by fresh draws."""
+    num_active = None if flat(target).dim <= FREE else ACTIVE
+    rounds = population(target, start.solution.guide, COMPONENTS, DF, DRAWS, num_active)
+    begin, refit = program(_compiled, rounds)
+    weighted = judge(target, rounds.guide, DRAWS)
+    params, key = start.solution.params, next(keys)
+    with ThreadPoolExecutor() as pool:  # as `compile_usual` does it
+        shapes = begin.ahead(pool, params, key, start.drawn, data)
+        drawn, _ = weighted.ahead(pool, shapes, key, data)
+        refit.ahead(pool, shapes, drawn)
+        resampled.ahead(pool, key, drawn.smoothed.log_weights)
+
+    params, tried = begin(params, key, start.drawn, data), []
+    for _ in range(ROUNDS):
+        drawn, diagnosis = weighted(params, next(keys), data)
+        solution = start.solution._replace(guide=rounds.guide, params=params)
+        diagnosis = jax.device_get(diagnosis)
+        tried.append(Candidate(POLISHED, solution, diagnosis, drawn, GOOD_K_HAT))
+        if tried[-1].is_good:
+            break
+        params = refit(params, drawn)
+    found = judged(POLISHED, target, best_of(tried).solution, keys, data, DRAWS)
+    return found._replace(limit=GOOD_K_HAT, effective=EFFECTIVE)
+
+
+def _compiled(rounds: Population) -> tuple[Quick, Quick]:
+    return Quick(rounds.begin), Quick(rounds.refit)
