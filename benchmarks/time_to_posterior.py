@@ -1,14 +1,16 @@
-"""How long until the mean-field posterior is there: fixed draws against NumPyro's best Adam.
+"""How long until the Gaussian posterior is there: untuned solvers against NumPyro's best Adam.
 
-    python benchmarks/time_to_posterior.py [--posteriors FOLDER] [--models NAME ...] [--output FILE]
+    python benchmarks/time_to_posterior.py [--posteriors FOLDER] [--models NAME ...]
+        [--families mean-field full-rank] [--output FILE]
 
-Wall seconds until the ELBO is within 0.1 nat of the best mean-field ELBO, in float64, data as
-arguments. vi_params: `vi.solvers.deterministic` with no option set. NumPyro: SVI with AutoNormal,
-Adam at 1e-3, 1e-2 and 1e-1 with 1 and 10 particles, at most 10,000 steps in jitted scans of 500,
-its ELBO looked at between the scans and the looking not timed; of the six the one that is there
-first, chosen in hindsight. Seconds are given compiled, and with tracing and compilation. The best
-ELBO is the reference's (`FOLDER/moments.json`) or, for the models of this repository, the largest
-that any of the runs here reached. Prints one table and writes JSON.
+Wall seconds until the ELBO is within 0.1 nat of the best one of the family, in float64, data as
+arguments. vi_params: `vi.solvers.deterministic` for mean-field, `vi.solvers.natural_gradient` for
+full-rank, with no option set. NumPyro: SVI with AutoNormal or AutoMultivariateNormal, Adam at 1e-3,
+1e-2 and 1e-1 with 1 and 10 particles, at most 10,000 steps in jitted scans of 500, its ELBO looked
+at between the scans and the looking not timed; of the six the one that is there first, chosen in
+hindsight. Seconds are given compiled, and with tracing and compilation. The best ELBO is the
+reference's (`FOLDER/moments.json`) or, for the models of this repository, the largest that any of
+the runs here reached. Prints one table a family and writes JSON.
 """
 
 import argparse
@@ -22,10 +24,11 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from models import MODELS
 from numpyro.infer import SVI, Trace_ELBO
-from numpyro.infer.autoguide import AutoNormal
+from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from numpyro.optim import Adam
 
 import vi_params as vi
@@ -39,7 +42,7 @@ REPEATS = 5
 DRAWS = 2_000
 
 
-def problems(folder, names):
+def problems(folder, names, family="mean-field"):
     """Name -> (model, args, kwargs, best ELBO or None)."""
     found = {name: (*make(), {}, None) for name, make in MODELS.items()}
     if folder:
@@ -49,8 +52,37 @@ def problems(folder, names):
         sys.modules["posteriors"] = module
         spec.loader.exec_module(module)
         for name, posterior in module.POSTERIORS.items():
-            found[name] = (*posterior.make(), posterior.reference()["mean_field_elbo"])
+            found[name] = (*posterior.make(), posterior.reference()[BEST[family]])
     return {name: found[name] for name in names or found}
+
+
+def normal(target, found):
+    """AutoNormal's parameters as those of `vi.guides.mean_field`."""
+    flat = {}
+    for what in ("loc", "scale"):
+        parts = [jnp.ravel(found[f"{name}_auto_{what}"]) for name in target.latents]
+        flat[what] = jnp.concatenate(parts)
+    return flat
+
+
+def multivariate_normal(target, found):
+    """AutoMultivariateNormal's parameters, which take the latents by name, in our order."""
+    sizes = {n: math.prod(x.unconstrained_shape or ()) for n, x in target.latents.items()}
+    places, begin = {}, 0
+    for name in sorted(sizes):
+        places[name] = np.arange(begin, begin + sizes[name])
+        begin += sizes[name]
+    order = np.concatenate([places[name] for name in target.latents])
+    root = found["auto_scale_tril"][order]
+    return {"loc": found["auto_loc"][order], "scale_tril": jnp.linalg.cholesky(root @ root.T)}
+
+
+BEST = {"mean-field": "mean_field_elbo", "full-rank": "full_rank_elbo"}
+SOLVERS = {"mean-field": vi.solvers.deterministic, "full-rank": vi.solvers.natural_gradient}
+GUIDES = {
+    "mean-field": (vi.guides.mean_field, AutoNormal, normal),
+    "full-rank": (vi.guides.full_rank, AutoMultivariateNormal, multivariate_normal),
+}
 
 
 def judge(target, guide, params):
@@ -59,11 +91,11 @@ def judge(target, guide, params):
     return float(vi.diagnose(target, guide, params, key, num_draws=DRAWS, batch_size=100).elbo)
 
 
-def run_vi(target):
+def run_vi(target, solver):
     """(ELBO, seconds compiled, seconds from cold) of the solver."""
 
     def solve(key):
-        solution = vi.solvers.deterministic(target, key)
+        solution = solver(target, key)
         return jax.block_until_ready(solution.params), solution
 
     began = time.perf_counter()
@@ -77,10 +109,11 @@ def run_vi(target):
     return judge(target, solution.guide, solution.params), statistics.median(seconds), cold
 
 
-def run_numpyro(model, args, kwargs, target, rate, particles):
+def run_numpyro(family, model, args, kwargs, target, rate, particles):
     """The ELBO after every scan, the seconds of one scan, and those of tracing and compiling."""
-    svi = SVI(model, AutoNormal(model), Adam(rate), Trace_ELBO(num_particles=particles))
-    guide = vi.guides.mean_field(target)
+    ours, theirs, read = GUIDES[family]
+    svi = SVI(model, theirs(model), Adam(rate), Trace_ELBO(num_particles=particles))
+    guide = ours(target)
     arrays = jax.tree.map(jnp.asarray, args)
 
     def scan(state, arrays):
@@ -98,12 +131,8 @@ def run_numpyro(model, args, kwargs, target, rate, particles):
         began = time.perf_counter()
         state, _ = jax.block_until_ready(compiled(state, arrays))
         seconds.append(time.perf_counter() - began)
-        found = svi.get_params(state)
-        flat = {}
-        for what in ("loc", "scale"):
-            parts = [jnp.ravel(found[f"{name}_auto_{what}"]) for name in target.latents]
-            flat[what] = jnp.concatenate(parts)
-        params = vi.unconstrain(guide.declared, {"guide": flat})
+        values = read(target, svi.get_params(state))
+        params = vi.unconstrain(guide.declared, {"guide": values})
         elbos.append(judge(target, guide, params))
     return elbos, statistics.median(seconds), first
 
@@ -115,16 +144,16 @@ def first_within(elbos, best):
     return next(held, math.inf)
 
 
-def measure(name, problem):
+def measure(name, problem, family):
     """One row of the table."""
     model, args, kwargs, best = problem
     target = vi.from_numpyro(model, *args, **kwargs)
-    elbo, seconds, cold = run_vi(target)
+    elbo, seconds, cold = run_vi(target, SOLVERS[family])
     rivals = {}
     for rate in RATES:
         for particles in PARTICLES:
             option = f"Adam {rate:g} x {particles}"
-            rivals[option] = run_numpyro(model, args, kwargs, target, rate, particles)
+            rivals[option] = run_numpyro(family, model, args, kwargs, target, rate, particles)
             print(f"{name}: {option} ended at {rivals[option][0][-1]:.2f}", file=sys.stderr)
     if best is None:
         best = max(elbo, *(max(elbos) for elbos, _, _ in rivals.values()))
@@ -134,6 +163,7 @@ def measure(name, problem):
     nearest = min(gaps, key=gaps.get)
     return {
         "name": name,
+        "family": family,
         "vi gap": best - elbo,
         "vi s": seconds,
         "vi cold s": cold,
@@ -150,13 +180,21 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--posteriors", help="a folder with posteriors.py and moments.json")
     parser.add_argument("--models", nargs="*", help="only these")
+    parser.add_argument("--families", nargs="*", choices=list(BEST), default=list(BEST))
     parser.add_argument("--output", default="time_to_posterior.json")
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
     rows = []
-    for name, problem in problems(options.posteriors, options.models).items():
-        rows.append(measure(name, problem))
-        pathlib.Path(options.output).write_text(json.dumps(rows, indent=1))
+    for family in options.families:
+        for name, problem in problems(options.posteriors, options.models, family).items():
+            rows.append(measure(name, problem, family))
+            pathlib.Path(options.output).write_text(json.dumps(rows, indent=1))
+    for family in options.families:
+        report([row for row in rows if row["family"] == family])
+
+
+def report(rows):
+    """Prints the table of one family."""
     columns = list(rows[0])
     table = [columns] + [
         [value if isinstance(value, str) else f"{value:.3g}" for value in row.values()]

@@ -4,6 +4,7 @@ import jax
 import jax.experimental
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 import pytest
 import scipy.optimize
 from numpyro import distributions as dist
@@ -144,3 +145,26 @@ def test_a_logistic_regression_reaches_the_best_elbo():
 def test_wrong_arguments_are_refused(gaussian, options, kind, fragment):
     with pytest.raises(kind, match=fragment):
         vi.solvers.natural_gradient(**{"target": gaussian, "key": KEY} | options)
+
+
+def test_it_does_not_fall_into_the_neck_of_a_funnel():
+    """Centred eight schools, whose density has no upper bound where the scale vanishes: the
+    full-rank optimum is at least that of mean-field, which is one of its family."""
+
+    def schools(sigma, y):
+        mu = numpyro.sample("mu", dist.Normal(0, 5))
+        tau = numpyro.sample("tau", dist.HalfCauchy(5))
+        with numpyro.plate("schools", len(sigma)):
+            theta = numpyro.sample("theta", dist.Normal(mu, tau))
+            numpyro.sample("y", dist.Normal(theta, sigma), obs=y)
+
+    y = jnp.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+    sigma = jnp.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+    target = vi.from_numpyro(schools, sigma, y)
+    narrow = vi.solvers.deterministic(target, jax.random.key(0))
+    wide = vi.solvers.natural_gradient(target, jax.random.key(0))
+    elbos = [
+        float(vi.diagnose(target, found.guide, found.params, jax.random.key(1)).elbo)
+        for found in (narrow, wide)
+    ]
+    assert elbos[1] > elbos[0] - 0.1

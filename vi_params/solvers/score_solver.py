@@ -1,5 +1,6 @@
 """From a target to a Gaussian by its scores: what such solvers have in common."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,8 +12,10 @@ from vi_params._check import explain, require_count, require_key
 from vi_params._compile import Quick
 from vi_params.guide import Guide
 from vi_params.guides.starts import start_vector
+from vi_params.noise import moment_matched
 from vi_params.params import unconstrain
-from vi_params.solvers.laplace import RADII, curvature, curvature_units
+from vi_params.solvers.fixed_draws import fixed_draws, units
+from vi_params.solvers.laplace import RADII, curvature
 from vi_params.solvers.score_loop import Matching, match_scores
 from vi_params.solvers.score_updates import Dense, LowRank, Rule, factor_analysis
 from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus
@@ -25,11 +28,14 @@ from vi_params.solvers.start import (
     log_density,
     require_model,
 )
-from vi_params.solvers.trust_region import matrix_free, minimise
+from vi_params.solvers.trust_region import minimise
 from vi_params.target import Target, flat
 
 FIRST_STEPS = 100
 """How many Newton steps lead from a point to the first Gaussian at most."""
+
+FIRST_DRAWS, FIRST_SCALE, FIRST_TOLERANCE = 16, 0.1, 0.5
+"""At how many draws that is found, from which scales, and to how many nats."""
 
 
 class Form(NamedTuple):
@@ -133,35 +139,41 @@ def _build(
 def gaussian_start(target: Target, init: Any) -> Callable[[jax.Array, Any], Given]:
     """`(key, data) -> Given`: a first Gaussian from points as `vi.guides.mean_field` starts at.
 
-    Newton steps from several points until they promise less than dim / 2 nats, which is how far
-    below the mode a posterior's own draws are; then the curvature there.
+    The mean-field optimum at a few fixed draws, from several points, and the curvature at its
+    location. A mode would not do: that of a funnel lies in its neck, where hardly any mass is.
     """
-    density, begin = log_density(target), start_vector(target, init)
+    density, begin, dim = log_density(target), start_vector(target, init), flat(target).dim
 
     def first_gaussian(key: jax.Array, data: Any) -> Given:
         def loss(u: jax.Array) -> jax.Array:
             return -density(u, {}, data)
 
-        def lane(i: jax.Array, radius: jax.Array) -> tuple[Given, jax.Array]:
+        size = dim + sum(leaf.size for leaf in jax.tree.leaves(data))
+        draws = moment_matched().draw(jax.random.fold_in(key, len(RADII)), FIRST_DRAWS, dim)
+        free_energy = fixed_draws(
+            lambda u, theta: density(u, {}, data), draws, len(RADII) * size, num_model=0
+        )
+
+        def lane(i: jax.Array, radius: jax.Array) -> tuple[jax.Array, jax.Array]:
             u = first_finite(
                 lambda u: -loss(u), lambda key: radius * begin(key), jax.random.fold_in(key, i)
             )
             found = minimise(
-                matrix_free(loss),
-                u[None],
-                lambda u: curvature_units(loss, u),
-                tolerance=0.5 * u.size,
+                free_energy,
+                jnp.concatenate([u, jnp.full(dim, math.log(FIRST_SCALE), u.dtype)])[None],
+                lambda x: units(x, dim),
+                tolerance=FIRST_TOLERANCE,
                 max_steps=FIRST_STEPS,
             )
-            bend = curvature(loss, found.x)
-            mass = jnp.sum(jnp.log(jnp.diagonal(bend.scale_tril))) - found.value
             settled = found.status == SolverStatus.CONVERGED
-            rank = jnp.where(jnp.isfinite(mass), mass, -jnp.inf)
-            return Given(found.x, bend.scale_tril, {}), jnp.stack([1.0 * settled, rank])
+            rank = jnp.where(jnp.isfinite(found.value), -found.value, -jnp.inf)
+            # Where no draw was finite, the point itself is tried.
+            loc = jnp.where(jnp.isfinite(found.value), found.x[:dim], u)
+            return loc, jnp.stack([1.0 * settled, rank])
 
-        lanes, ranks = jax.vmap(lane)(jnp.arange(len(RADII)), jnp.array(RADII))
-        best = jnp.lexsort((ranks[:, 1], ranks[:, 0]))[-1]
-        return jax.tree.map(lambda leaf: leaf[best], lanes)
+        locs, ranks = jax.vmap(lane)(jnp.arange(len(RADII)), jnp.array(RADII))
+        loc = locs[jnp.lexsort((ranks[:, 1], ranks[:, 0]))[-1]]
+        return Given(loc, curvature(loss, loc).scale_tril, {})
 
     return first_gaussian
 
