@@ -11,7 +11,6 @@ largest over all parameters: of means in reference standard deviations, of log s
 """
 
 import argparse
-import importlib.util
 import json
 import pathlib
 import statistics
@@ -19,32 +18,11 @@ import subprocess
 import sys
 import time
 
+from reference import errors, posteriors
+
 REPEATS = 3
 DRAWS = 4000
 MEAN, LOG_SD = 0.1, 0.15
-
-
-def load(folder):
-    """The module of posteriors in a folder."""
-    spec = importlib.util.spec_from_file_location(
-        "posteriors", pathlib.Path(folder) / "posteriors.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["posteriors"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def errors(draws, posterior, reference):
-    """The largest errors of means and of log standard deviations."""
-    import numpy as np
-
-    mean = log_sd = 0.0
-    for name, exact in reference["mean"].items():
-        found, sd = np.asarray(draws[posterior.params[name]]), np.asarray(reference["sd"][name])
-        mean = max(mean, float(np.max(np.abs(found.mean(0) - np.asarray(exact)) / sd)))
-        log_sd = max(log_sd, float(np.max(np.abs(np.log(found.std(0) / sd)))))
-    return mean, log_sd
 
 
 def one_side(folder, name, side):
@@ -53,13 +31,12 @@ def one_side(folder, name, side):
     import jax
 
     jax.config.update("jax_enable_x64", True)
-    posteriors = load(folder)
+    posterior = posteriors(folder)[name]
     from numpyro.infer import MCMC, NUTS
 
     import vi_params as vi
 
     imported = time.perf_counter() - began
-    posterior = posteriors.POSTERIORS[name]
     model, args, kwargs = posterior.make()
     told = {}
 
@@ -91,7 +68,7 @@ def one_side(folder, name, side):
         began = time.perf_counter()
         jax.block_until_ready(run(seed))
         seconds.append(time.perf_counter() - began)
-    mean, log_sd = errors(draws, posterior, posterior.reference())
+    mean, log_sd = errors(posterior, draws)
     result = {"imports": imported, "cold": cold, "hot": statistics.median(seconds)}
     result |= {"mean": mean, "log sd": log_sd}
     if side == "vi":
@@ -145,7 +122,7 @@ def main():
         print(json.dumps(one_side(options.posteriors, *options.one)))
         return
     rows = []
-    for name in options.names or list(load(options.posteriors).POSTERIORS):
+    for name in options.names or list(posteriors(options.posteriors)):
         rows.append(measure(options.posteriors, name))
         pathlib.Path(options.output).write_text(json.dumps(rows, indent=1))
         print(name, file=sys.stderr)

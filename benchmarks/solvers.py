@@ -1,25 +1,20 @@
 """Every solver on reference posteriors: how far its moments are off, k-hat, and how long it takes.
 
-    python benchmarks/solvers.py [--solvers laplace batch_and_match ...] [--only NAME ...]
+    python benchmarks/solvers.py --posteriors FOLDER [--solvers laplace batch_and_match ...]
+        [--only NAME ...]
 
-The posteriors are looked for in the folder `--posteriors` (a `posteriors.py` with `POSTERIORS`).
 Errors are the largest over all parameters: |mean - reference| / sd, and |log(sd / reference sd)|,
 of 10,000 draws of the guide. Times are of the second call, compiled, and of the first, in seconds.
 """
 
 import argparse
-import importlib.util
 import math
-import pathlib
-import sys
 import time
 
 import jax
-import numpy as np
+from reference import errors, posteriors
 
 import vi_params as vi
-
-FOLDER = pathlib.Path(__file__).resolve().parents[2] / "shared" / "posteriors"
 
 
 def _deterministic(target, key):
@@ -44,26 +39,6 @@ SOLVERS = {
 }
 
 
-def posteriors(folder):
-    spec = importlib.util.spec_from_file_location("posteriors", folder / "posteriors.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["posteriors"] = module
-    spec.loader.exec_module(module)
-    return module.POSTERIORS
-
-
-def errors(posterior, draws):
-    """The largest error of a mean and of a log standard deviation."""
-    reference = posterior.reference()
-    mean_error, sd_error = 0.0, 0.0
-    for parameter, site in posterior.params.items():
-        mean, sd = (np.asarray(reference[what][parameter]) for what in ("mean", "sd"))
-        found = np.asarray(draws[site]).reshape(-1, *mean.shape)
-        mean_error = max(mean_error, float(np.max(np.abs(found.mean(0) - mean) / sd)))
-        sd_error = max(sd_error, float(np.max(np.abs(np.log(found.std(0) / sd)))))
-    return mean_error, sd_error
-
-
 def timed(solve, target, seed):
     start = time.perf_counter()
     solution = jax.block_until_ready(solve(target, jax.random.key(seed)))
@@ -74,7 +49,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--solvers", nargs="+", default=list(SOLVERS), choices=list(SOLVERS))
     parser.add_argument("--only", nargs="+", default=None)
-    parser.add_argument("--posteriors", type=pathlib.Path, default=FOLDER)
+    parser.add_argument("--posteriors", required=True, help="a folder with posteriors.py")
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
     print("posterior | solver | mean error | log-sd error | k-hat | run s | first s | status")

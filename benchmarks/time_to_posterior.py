@@ -14,7 +14,6 @@ the runs here reached. Prints one table a family and writes JSON.
 """
 
 import argparse
-import importlib.util
 import json
 import math
 import pathlib
@@ -30,6 +29,7 @@ from models import MODELS
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from numpyro.optim import Adam
+from reference import posteriors
 
 import vi_params as vi
 
@@ -46,12 +46,7 @@ def problems(folder, names, family="mean-field"):
     """Name -> (model, args, kwargs, best ELBO or None)."""
     found = {name: (*make(), {}, None) for name, make in MODELS.items()}
     if folder:
-        file = pathlib.Path(folder) / "posteriors.py"
-        spec = importlib.util.spec_from_file_location("posteriors", file)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["posteriors"] = module
-        spec.loader.exec_module(module)
-        for name, posterior in module.POSTERIORS.items():
+        for name, posterior in posteriors(folder).items():
             found[name] = (*posterior.make(), posterior.reference()[BEST[family]])
     return {name: found[name] for name in names or found}
 

@@ -45,6 +45,11 @@ def test_draws_are_those_of_the_closed_form():
     np.testing.assert_allclose(draws["rate"].std(), np.sqrt(exact.variance), rtol=0.05)
 
 
+def test_any_number_of_draws_is_given():
+    for number in (1, 4001, 450_000):
+        assert POSTERIOR.draws(KEY, number)["rate"].shape == (number,)
+
+
 def test_it_prints_a_verdict_and_what_was_tried():
     text = str(POSTERIOR)
     assert text.startswith("Trust this (")

@@ -24,7 +24,7 @@ STARTS = 1000
 """From how many draws `nuts_start` estimates the mass matrix."""
 
 MOST_BATCHES = 25
-"""How many such batches one call of `draws` makes at most."""
+"""How many batches one call of `draws` makes at most so that none is taken twice."""
 
 
 class NutsStart(NamedTuple):
@@ -130,6 +130,7 @@ class Approximation:
         # So many batches that a draw is seldom taken twice.
         fresh = max(1.0, 0.5 * float(self.diagnosis.ess)) if self.resampled else size
         batches = min(MOST_BATCHES, math.ceil(num_draws / fresh))
+        batches = max(batches, math.ceil(num_draws / size))
         each = math.ceil(num_draws / batches)
         draw = judge(self.target, self.guide, size)
         parts = []
