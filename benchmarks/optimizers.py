@@ -1,6 +1,7 @@
 """Optimisers that need no tuning, on reference posteriors: how far from the best ELBO they end.
 
-    python benchmarks/optimizers.py --posteriors FOLDER [--names NAME ...] [--output FILE]
+    python benchmarks/optimizers.py --posteriors FOLDER [--names NAME ...]
+        [--optimizers NAME ...] [--output FILE]
     python benchmarks/optimizers.py --read FILE ...
 
 Mean-field and full-rank ELBO fits with 10 particles and 10,000 steps, in float64, from the same
@@ -10,6 +11,10 @@ schedule-free optimiser, which averages by itself, are wrapped in `vi.averaged`,
 steps as they are: the last iterate is judged, and the average. Nats are those by which the ELBO
 (2,000 draws) stays below the best attainable, which `FOLDER/moments.json` holds; a run that ends at
 an ELBO that is not finite has failed.
+
+`adam 1e-1, halved` is in the manner of RAABBVI (Welandawe, Andersen, Vehtari and Huggins, 2022,
+Robust, automated, and accurate black-box variational inference): Adam at a rate that is halved
+whenever the loss, averaged over 200 steps, no longer falls, with averaged iterates.
 """
 
 import argparse
@@ -22,9 +27,9 @@ import sys
 import jax
 import jax.numpy as jnp
 import optax
-from approximate import load
 from jax import lax
 from optax import contrib
+from reference import posteriors
 
 import vi_params as vi
 from vi_params._tree import all_finite
@@ -45,6 +50,10 @@ OPTIMIZERS = {
     "mechanize(adam 1.0)": contrib.mechanize(optax.adam(1.0), weight_decay=0.0),
     "schedule_free_adamw 5e-2": contrib.schedule_free_adamw(0.05),
     "cocob": contrib.cocob(),
+    "adam 1e-1, halved": optax.chain(
+        optax.adam(0.1),
+        contrib.reduce_on_plateau(factor=0.5, patience=1, rtol=0.0, accumulation_size=200),
+    ),
 }
 OWN_AVERAGE = "schedule_free_adamw 5e-2"
 RULES = {
@@ -53,7 +62,7 @@ RULES = {
 }
 
 
-def lanes(objective):
+def lanes(objective, rules):
     """`(keys, data) -> iterates, averages`: leading axes (looks, optimisers, keys)."""
     starts = vi.svi(objective, optax.sgd(0.0))
 
@@ -75,7 +84,7 @@ def lanes(objective):
         params = jax.vmap(lambda key: starts.init(key, data=data).params)(keys)
         states = [
             jax.vmap(lambda p, rule=rule: State(p, rule.init(p), jnp.int32(0)))(params)
-            for rule in RULES.values()
+            for rule in rules.values()
         ]
 
         def step(states, i):
@@ -86,7 +95,7 @@ def lanes(objective):
                 jax.vmap(lambda s, v, g, rule=rule: apply(rule, s, v, g))(
                     state, values[n], jax.tree.map(lambda g, n=n: g[n], grads)
                 )
-                for n, (rule, state) in enumerate(zip(RULES.values(), states, strict=True))
+                for n, (rule, state) in enumerate(zip(rules.values(), states, strict=True))
             ]
             return states, None
 
@@ -120,21 +129,21 @@ def elbos(objective):
     return jax.jit(many)
 
 
-def measure(posterior, family):
+def measure(posterior, family, rules):
     """Rows: optimiser, which parameters, key, nats at every look."""
     model, args, kwargs = posterior.make()
     target = vi.from_numpyro(model, *args, **kwargs)
     objective = vi.elbo(target, FAMILIES[family](target), num_particles=PARTICLES)
     best = posterior.reference()[family.replace("-", "_") + "_elbo"]
     keys = jax.random.split(jax.random.key(0), KEYS)
-    judged = lanes(objective)(keys, objective.data)
+    judged = lanes(objective, rules)(keys, objective.data)
     at = jnp.array([look // CHUNK - 1 for look in LOOKS])
-    shape = len(LOOKS), len(RULES), KEYS
+    shape = len(LOOKS), len(rules), KEYS
     judge, rows = elbos(objective), []
     for which, params in zip(("last", "average"), judged, strict=True):
         flat = jax.tree.map(lambda x: x[at].reshape(-1, *x.shape[3:]), params)
         nats = best - judge(flat, jax.random.key(1), objective.data).reshape(shape)
-        for n, name in enumerate(RULES):
+        for n, name in enumerate(rules):
             for k in range(KEYS):
                 told = [float(x) if math.isfinite(x) else math.inf for x in nats[:, n, k]]
                 rows.append([posterior.name, family, name, which, k, told])
@@ -166,16 +175,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--posteriors", help="a folder with posteriors.py")
     parser.add_argument("--names", nargs="*", help="only these")
+    parser.add_argument("--optimizers", nargs="*", choices=list(RULES), help="only these")
     parser.add_argument("--output", default="optimizers.json")
     parser.add_argument("--read", nargs="*", default=[], help="report what was measured before")
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
     rows = [row for file in options.read for row in json.loads(pathlib.Path(file).read_text())]
     if options.posteriors:
-        posteriors = load(options.posteriors).POSTERIORS
-        for name in options.names or list(posteriors):
+        rules = {name: RULES[name] for name in options.optimizers or RULES}
+        known = posteriors(options.posteriors)
+        for name in options.names or list(known):
             for family in FAMILIES:
-                rows += measure(posteriors[name], family)
+                rows += measure(known[name], family, rules)
                 pathlib.Path(options.output).write_text(json.dumps(rows))
                 print(name, family, file=sys.stderr)
     report(rows)
