@@ -10,6 +10,7 @@ from vi_params._check import explain, require_count, require_instance, require_k
 from vi_params._table import Table
 from vi_params.approximation.ahead import compile_usual
 from vi_params.approximation.candidate import Candidate, best_of, judged
+from vi_params.approximation.flow import can_flow, flowed
 from vi_params.approximation.polish import can_polish
 from vi_params.approximation.polish import polish as polished
 from vi_params.approximation.result import Approximation
@@ -41,7 +42,13 @@ RANK = 64
 
 
 def approximate(
-    target: Target, key: jax.Array, data: Any = None, *, lanes: int = 4, polish: bool = True
+    target: Target,
+    key: jax.Array,
+    data: Any = None,
+    *,
+    lanes: int = 4,
+    polish: bool = True,
+    flow: bool = False,
 ) -> Approximation:
     """A posterior approximation with a verdict, nothing to be tuned.
 
@@ -63,6 +70,8 @@ def approximate(
         data: the data; the target's own where None.
         lanes: from how many starts.
         polish: whether to go on after linear response where it is not good enough.
+        flow: whether to go on with a normalising flow where nothing yet is to be trusted; it takes
+            thousands of gradient steps.
 
     Returns:
         An `Approximation`: print it. `draws(key, n)` gives draws, importance-resampled where that
@@ -108,6 +117,9 @@ def approximate(
         candidates.append(polished(target, best, keys, data))
         trusted = [candidate for candidate in candidates if candidate.is_trustworthy]
         best = best_of(trusted or candidates)
+    if flow and not best.is_trustworthy and can_flow(candidates[0]):
+        candidates.append(flowed(target, candidates[0], keys, data))
+        best = candidates[-1] if candidates[-1].is_trustworthy else best_of(candidates)
     return _conclude(target, candidates, best, data)
 
 

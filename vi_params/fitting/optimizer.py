@@ -11,6 +11,10 @@ def default_optimizer() -> optax.GradientTransformationExtraArgs:
     gradients at a far start can be 10^6 times those near the optimum, and Adam's usual memory keeps
     its steps tiny for ten thousand steps after.
 
+    A rate that is halved where the fit stands still is the scheme of RAABBVI (Welandawe, Andersen,
+    Vehtari and Huggins, 2022, Robust, automated, and accurate black-box variational inference),
+    with a plateau of the loss in place of its tests of stationarity.
+
     It was chosen by `benchmarks/optimizers.py`, against Adam with a cosine schedule and the
     optimisers of `optax.contrib` that need no tuning. Wrapped in `vi.averaged` it is as good after
     fewer steps.
