@@ -35,6 +35,11 @@ def over(f: Callable[[Any], Any], xs: Any, at_once: int | None = None) -> Any:
     return jax.tree.unflatten(jax.tree.structure(shape), values)
 
 
+def divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` up to `limit`, at least 1: equal blocks, one program."""
+    return max(n for n in range(1, max(1, min(number, limit)) + 1) if number % n == 0)
+
+
 def _is_unsafe(jaxpr: Any) -> bool:
     """Whether a program makes batched LAPACK calls."""
     return any(

@@ -16,7 +16,7 @@ from vi_params._table import Table
 from vi_params._tree import pick
 from vi_params.diagnostics.diagnose import Diagnosis, judged
 from vi_params.guide import Guide
-from vi_params.importance import Weighted, pick_draws, weigh
+from vi_params.importance import Weighted, at_once, pick_draws, weigh
 from vi_params.params import constrain
 from vi_params.target import Target, split_vector
 
@@ -160,7 +160,8 @@ def judge(target: Target, guide: Guide, num_draws: int) -> Quick:
 def _judge(target: Target, guide: Guide, num_draws: int) -> Quick:
     def weighted(params: Any, key: jax.Array, data: Any) -> tuple[Weighted, Diagnosis]:
         noise = guide.noise(key, num_draws)
-        found = weigh(target, guide, params, noise, data, nan_is_outside=True)
+        size = at_once(num_draws, target, data)
+        found = weigh(target, guide, params, noise, data, size, nan_is_outside=True)
         return found, judged(guide, found)
 
     return Quick(weighted, options={})

@@ -1,16 +1,20 @@
 """Draws of a guide with their importance weights towards the target."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from vi_params._over import over
+from vi_params._over import divisor, over
 from vi_params._tree import pick
 from vi_params.guide import Guide
 from vi_params.importance.psis import Smoothed, psis
 from vi_params.params import constrain
 from vi_params.target import Target
+
+BLOCK = 2**24
+"""About how many numbers an array may hold while draws are weighted side by side."""
 
 
 class Weighted(NamedTuple):
@@ -62,6 +66,13 @@ def weigh(
     if nan_is_outside:
         log_ratios = jnp.where(jnp.isnan(log_ratios), -jnp.inf, log_ratios)
     return Weighted(latents, position, log_ratios, psis(log_ratios))
+
+
+def at_once(num_draws: int, target: Target, data: Any) -> int:
+    """How many draws are weighted side by side, in equal blocks that fit into the memory."""
+    sizes = [math.prod(latent.shape) for latent in target.latents.values()]
+    size = sum(sizes) + sum(leaf.size for leaf in jax.tree.leaves(data))
+    return divisor(num_draws, BLOCK // max(size, 1))
 
 
 def pick_draws(key: jax.Array, log_weights: jax.Array, num_draws: int) -> jax.Array:

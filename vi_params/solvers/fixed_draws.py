@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vi_params._over import over
+from vi_params._over import divisor, over
 from vi_params.solvers.curvature import MISSING
 from vi_params.solvers.trust_region import Smooth, matrix_free
 
@@ -137,8 +137,3 @@ def loss(
 def split(x: jax.Array, dim: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(m, w, theta)."""
     return x[:dim], x[dim : 2 * dim], x[2 * dim :]
-
-
-def divisor(number: int, limit: int) -> int:
-    """The largest divisor of `number` up to `limit`, at least 1: equal blocks, one program."""
-    return max(n for n in range(1, max(1, min(number, limit)) + 1) if number % n == 0)

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from jax.scipy.sparse.linalg import cg
 
 from vi_params._check import explain
+from vi_params._over import divisor
 from vi_params.guides import mean_field
 from vi_params.solvers.curvature import along
 from vi_params.solvers.deterministic import Layout, own_name
-from vi_params.solvers.fixed_draws import BLOCK, divisor, loss
+from vi_params.solvers.fixed_draws import BLOCK, loss
 from vi_params.solvers.solution import Solution, SolverStatus
 from vi_params.target import Target
 

@@ -16,7 +16,7 @@ from jax import lax
 
 from vi_params._cache import program
 from vi_params._compile import Quick
-from vi_params._over import over
+from vi_params._over import divisor, over
 from vi_params.guide import Guide
 from vi_params.guides import full_rank, mean_field
 from vi_params.guides.low_rank import checked_rank
@@ -24,7 +24,7 @@ from vi_params.objectives.objective import resolve
 from vi_params.params import unconstrain
 from vi_params.solvers.curvature import along
 from vi_params.solvers.deterministic import Layout
-from vi_params.solvers.fixed_draws import BLOCK, Response, divisor, exists, expansion, loss
+from vi_params.solvers.fixed_draws import BLOCK, Response, exists, expansion, loss
 from vi_params.solvers.inverse_products import require_mean_field, standard_error
 from vi_params.solvers.low_rank_response import build_low_rank
 from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus
