@@ -34,6 +34,9 @@ LARGEST = 500
 ROUNDS = 16
 """How many rounds are made at most."""
 
+PATIENCE = 4
+"""After how many rounds in which no larger share of the draws was effective they end."""
+
 EFFECTIVE = 0.15
 """The smallest share of effective draws of a mixture to be trusted: a tail that its draws do not
 reach is missing from the weights and from what was fitted to them alike."""
@@ -68,7 +71,8 @@ def polish(target: Target, start: Candidate, keys: Iterator[jax.Array], data: An
         solution = start.solution._replace(guide=rounds.guide, params=params)
         diagnosis = jax.device_get(diagnosis)
         tried.append(Candidate(POLISHED, solution, diagnosis, drawn, GOOD_K_HAT))
-        if tried[-1].is_good:
+        shares = [one.share for one in tried]
+        if tried[-1].is_good or len(tried) - shares.index(max(shares)) > PATIENCE:
             break
         params = refit(params, drawn)
     found = judged(POLISHED, target, best_of(tried).solution, keys, data, DRAWS)
