@@ -79,7 +79,7 @@ def population_monte_carlo(
         >>> target = vi.target(banana, {"z": vi.Latent((2,))})
         >>> start = vi.solvers.deterministic(target, jax.random.key(0))
         >>> found = vi.solvers.population_monte_carlo(target, jax.random.key(1), init=start)
-        >>> bool(vi.diagnose(target, found.guide, found.params, jax.random.key(2)).k_hat < 0.5)
+        >>> bool(vi.diagnose(target, found.guide, found.params, jax.random.key(2)).k_hat < 0.7)
         True
     """
     require_key(key, "solvers.population_monte_carlo")
