@@ -97,6 +97,36 @@ def test_a_regression_in_raw_units():
     np.testing.assert_allclose(draws["slope"].std(0), error, rtol=0.1)
 
 
+def test_flat_priors_on_data_in_dollars():
+    """Ordinary least squares tells the posterior: coefficients normal about theirs, given noise
+    whose square is inverse gamma. The start is 10^5 times as far away as the answer is wide."""
+    rng = np.random.default_rng(0)
+    height = np.round(rng.normal(66.6, 3.8, 1192))
+    earnings = np.maximum(0, -60000 + 1250 * height + 19000 * rng.normal(size=1192))
+
+    def model(height, earnings):
+        flat = dist.ImproperUniform(constraints.real_vector, (), (2,))
+        beta = numpyro.sample("beta", flat)
+        sigma = numpyro.sample("sigma", dist.ImproperUniform(constraints.positive, (), ()))
+        mean = beta[0] + beta[1] * height
+        numpyro.sample("earnings", dist.Normal(mean, sigma).to_event(1), obs=earnings)
+
+    design = np.stack([np.ones_like(height), height], 1)
+    beta, (residuals,), *_ = np.linalg.lstsq(design, earnings, rcond=None)
+    noise = np.sqrt(residuals / 1189)  # where the density of log sigma is largest
+    errors = noise * np.sqrt(np.diagonal(np.linalg.inv(design.T @ design)))
+    with enable_x64(True):
+        target = vi.from_numpyro(model, height, earnings)
+        solution = vi.linear_response(target, vi.solvers.deterministic(target, KEY))
+        found = values_of(solution)
+        spread = np.sqrt(np.sum(np.square(found["scale_tril"]), axis=1))
+    assert solution.info.status == Status.CONVERGED
+    np.testing.assert_allclose((found["loc"][:2] - beta) / errors, np.zeros(2), atol=0.02)
+    np.testing.assert_allclose(spread[:2], errors, rtol=0.01)
+    np.testing.assert_allclose(found["loc"][2], np.log(noise), atol=1e-3)
+    np.testing.assert_allclose(spread[2], 1 / np.sqrt(2 * 1192), rtol=0.01)
+
+
 def test_model_parameters_are_optimised_along():
     """y_i ~ N(z_i, 1), z_i ~ N(mu, 1): the mean mu that maximises the evidence is that of y."""
     y = jnp.array([0.5, 2.0, -1.0, 4.0])

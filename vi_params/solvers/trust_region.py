@@ -19,8 +19,8 @@ from vi_params.solvers.solution import SolverStatus
 RADIUS = 1.0
 """The first radius of the trust region."""
 
-LARGEST = 100.0
-"""The largest radius."""
+LARGEST = 1e8
+"""The largest radius: flat priors on raw data may start millions of standard deviations away."""
 
 CG_STEPS = 200
 """How many products with the Hessian one step takes at most."""
