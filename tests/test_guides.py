@@ -75,6 +75,7 @@ GUIDES = {
     "mean_field": vi.guides.mean_field,
     "full_rank": vi.guides.full_rank,
     "low_rank": vi.guides.low_rank,
+    "contaminated_normal": vi.guides.contaminated_normal,
     "delta": vi.guides.delta,
     "guide of a mapping": lambda target: vi.guide(
         DECLARED, lambda values, data: by_hand(values) | {"mu": dist.Normal(data["y"].mean(), 0.5)}
@@ -107,7 +108,8 @@ def answers(name):
     def ask(key):
         params = vi.init_params(objective.declared, key)
         draw = guide.sample(params, key, objective.data)
-        composed = guide.transform(params, guide.noise(key, 1)[0], objective.data)
+        noise = jax.tree.map(lambda leaf: leaf[0], guide.noise(key, 1))
+        composed = guide.transform(params, noise, objective.data)
         again = guide.sample(params | {"other": jnp.zeros(3)}, key, objective.data)
         many = jax.vmap(lambda k: guide.sample(params, k, objective.data))
         found = {
@@ -225,6 +227,7 @@ NORMALISED = {
     "mean_field": partial(vi.guides.mean_field, init_scale=0.7),
     "full_rank": partial(vi.guides.full_rank, init_scale=0.7),
     "low_rank": partial(vi.guides.low_rank, init_scale=0.7),
+    "contaminated_normal": partial(vi.guides.contaminated_normal, init_scale=0.7),
     "guide of one distribution": lambda target: vi.guide(ONE_SCALE, log_normal),
     "guide of a mapping": lambda target: vi.guide(ONE_SCALE, lambda v: {"tau": log_normal(v)}),
     "numpyro_guide": lambda target: vi.numpyro_guide(
@@ -260,6 +263,44 @@ def test_families_share_their_noise():
         params = vi.init_params(guide.declared, jax.random.key(0))
         draws.append(guide.sample(params, jax.random.key(1)))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *draws)
+
+
+def test_a_contaminated_normal_is_a_mixture_of_normals():
+    """Its density is numpyro's, its draws are stretched as often as said, its parameters are those
+    of full-rank."""
+    plain = vi.target(lambda v, z, d: -0.5 * jnp.sum(z["z"] ** 2), {"z": vi.Latent((2,))})
+    weights, scales = jnp.array([0.7, 0.3]), jnp.array([1.0, 4.0])
+    guide = vi.guides.contaminated_normal(plain, weights=(0.7, 0.3), scales=(1.0, 4.0))
+    normal = vi.guides.full_rank(plain)
+    values = {"loc": jnp.array([1.0, -2.0]), "scale_tril": jnp.array([[0.5, 0.0], [0.3, 2.0]])}
+    params = vi.unconstrain(normal.declared, {"guide": values})
+    draws = jax.vmap(lambda key: guide.sample(params, key))(
+        jax.random.split(jax.random.key(0), 4000)
+    )
+    parts = dist.MultivariateNormal(
+        jnp.tile(values["loc"], (2, 1)), scale_tril=scales[:, None, None] * values["scale_tril"]
+    )
+    exact = dist.MixtureSameFamily(dist.Categorical(weights), parts)
+    found = draws.latents["z"]
+    np.testing.assert_allclose(draws.log_prob, exact.log_prob(found), rtol=1e-4)
+    covariance = (0.7 + 0.3 * 16) * values["scale_tril"] @ values["scale_tril"].T
+    np.testing.assert_allclose(jnp.cov(found.T), covariance, rtol=0.05, atol=0.2)
+    np.testing.assert_allclose(found.mean(0), values["loc"], atol=0.1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weights": (0.5, 0.4)},
+        {"weights": (0.5, 0.4), "scales": (1.0, 2.0)},
+        {"weights": (1.5, -0.5), "scales": (1.0, 2.0)},
+        {"scales": (1.0, 0.0, 2.0)},
+        {"weights": (), "scales": ()},
+    ],
+)
+def test_parts_of_a_contaminated_normal_are_checked(options):
+    with pytest.raises(ValueError, match="as many positive scales as positive weights"):
+        vi.guides.contaminated_normal(target(), **options)
 
 
 def test_name_of_a_family():

@@ -5,7 +5,8 @@ from typing import Any
 
 import jax
 
-from vi_params.approximation.result import judge, resampled
+from vi_params.approximation.candidate import wide_tailed
+from vi_params.approximation.result import judge
 from vi_params.solvers.deterministic import prepared as prepared_solver
 from vi_params.solvers.linear_response import prepared as prepared_response
 from vi_params.target import Target
@@ -23,11 +24,10 @@ def compile_usual(target: Target, key: jax.Array, data: Any, lanes: int, num_dra
     """
     mean_field, solve = prepared_solver(target, lanes=lanes)
     (name,) = mean_field.declared
-    guide, expand, respond = prepared_response(target, name)
+    _, expand, respond = prepared_response(target, name)
     with ThreadPoolExecutor() as pool:
         params, info, draws, response, _ = solve.ahead(pool, key, data)
         if response is None:
             response = expand.ahead(pool, params, draws, data)
         params, _ = respond.ahead(pool, params, info, response)
-        weighted, _ = judge(target, guide, num_draws).ahead(pool, params, key, data)
-        resampled.ahead(pool, key, weighted.smoothed.log_weights)
+        judge(target, wide_tailed(target, name), num_draws).ahead(pool, params, key, data)

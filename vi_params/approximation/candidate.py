@@ -6,16 +6,23 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from vi_params._cache import program
 from vi_params.approximation.result import judge
 from vi_params.diagnostics import Diagnosis
 from vi_params.diagnostics.diagnose import threshold
+from vi_params.guide import Guide
+from vi_params.guides import contaminated_normal
 from vi_params.importance import Weighted
-from vi_params.solvers.population_monte_carlo import GOOD_K_HAT, GOOD_SHARE
+from vi_params.solvers.population_monte_carlo import GOOD_K_HAT
 from vi_params.solvers.solution import Solution
 from vi_params.target import Target
 
-EFFECTIVE = 0.05
-"""The smallest share of effective draws at which resampling them is worth it."""
+EFFECTIVE = 0.15
+"""The smallest share of effective draws to be trusted: what no draw reached is missing from the
+weights and from k-hat alike, and more likely so where few draws count."""
+
+ENOUGH = 0.2
+"""The share of effective draws above which there is nothing left to gain."""
 
 
 class Candidate(NamedTuple):
@@ -26,8 +33,8 @@ class Candidate(NamedTuple):
         solution: the guide and its parameters.
         diagnosis: the worse of two judgements by independent draws: one can be lucky.
         drawn: the draws of the first.
-        limit: the k-hat below which it is good enough.
-        effective: the share of effective draws above which it is to be trusted.
+        limit: the k-hat below which it is good enough,
+        enough: and the share of effective draws above which it is.
     """
 
     name: str
@@ -35,7 +42,7 @@ class Candidate(NamedTuple):
     diagnosis: Diagnosis
     drawn: Weighted
     limit: float
-    effective: float = EFFECTIVE
+    enough: float = ENOUGH
 
     @property
     def k_hat(self) -> float:
@@ -50,13 +57,13 @@ class Candidate(NamedTuple):
     @property
     def is_good(self) -> bool:
         """Whether there is nothing left to gain."""
-        return self.k_hat < self.limit and self.share > GOOD_SHARE
+        return self.k_hat < self.limit and self.share > self.enough
 
     @property
     def is_trustworthy(self) -> bool:
         """Whether its weighted draws are the posterior's."""
         below = self.k_hat < threshold(int(self.diagnosis.num_draws))
-        return below and self.share > self.effective
+        return below and self.share > EFFECTIVE
 
 
 def judged(
@@ -71,10 +78,35 @@ def judged(
     weighted = judge(target, solution.guide, num_draws)
     draws = [weighted(solution.params, next(keys), data) for _ in range(2)]
     judgements = [jax.device_get(diagnosis) for _, diagnosis in draws]
-    worse = max(judgements, key=lambda d: np.nan_to_num(d.k_hat, nan=np.inf))
-    return Candidate(name, solution, worse, draws[0][0], threshold(num_draws))
+    return Candidate(name, solution, worse(*judgements), draws[0][0], threshold(num_draws))
+
+
+def worse(one: Diagnosis, other: Diagnosis) -> Diagnosis:
+    """The judgement with the larger k-hat."""
+    return max(one, other, key=lambda d: np.nan_to_num(d.k_hat, nan=np.inf))
+
+
+def with_wide_tails(target: Target, solution: Solution) -> Solution:
+    """A Gaussian solution as a contaminated normal; one without dense covariances as it is."""
+    (name,) = solution.guide.declared
+    if "scale_tril" not in solution.params[name]:
+        return solution
+    return solution._replace(guide=wide_tailed(target, name))
+
+
+def wide_tailed(target: Target, name: str) -> Guide:
+    """The contaminated normal of a target, kept for the next call."""
+    return program(_wide_tailed, target, name)
+
+
+def _wide_tailed(target: Target, name: str) -> Guide:
+    return contaminated_normal(target, name=name)
 
 
 def best_of(candidates: list[Candidate]) -> Candidate:
-    """The one whose weights have the lightest tail; among light ones, the most effective."""
+    """Of those to be trusted the most effective; else the one whose weights have the lightest tail,
+    and among light ones the most effective."""
+    trusted = [one for one in candidates if one.is_trustworthy]
+    if trusted:
+        return max(trusted, key=lambda one: one.share)
     return min(candidates, key=lambda one: (max(one.k_hat, GOOD_K_HAT), -one.share))

@@ -8,7 +8,7 @@ import optax
 
 from vi_params._cache import program
 from vi_params.approximation.candidate import Candidate, judged
-from vi_params.approximation.polish import DRAWS, EFFECTIVE
+from vi_params.approximation.polish import DRAWS
 from vi_params.estimators import sticking_the_landing
 from vi_params.fitting import fit
 from vi_params.fitting.stopping import never
@@ -53,8 +53,7 @@ def flowed(target: Target, start: Candidate, keys: Iterator[jax.Array], data: An
         progress=False,
     )
     solution = start.solution._replace(guide=guide, params=found.params)
-    candidate = judged(FLOW, target, solution, keys, data, DRAWS)
-    return candidate._replace(effective=EFFECTIVE)
+    return judged(FLOW, target, solution, keys, data, DRAWS)
 
 
 def _build(target: Target) -> tuple[Guide, Objective, optax.GradientTransformation]:

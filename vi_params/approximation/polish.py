@@ -8,9 +8,14 @@ import jax
 
 from vi_params._cache import program
 from vi_params._compile import Quick
-from vi_params.approximation.candidate import Candidate, best_of, judged
-from vi_params.approximation.result import judge, resampled
-from vi_params.solvers.population_monte_carlo import GOOD_K_HAT, Population, population
+from vi_params.approximation.candidate import Candidate, best_of, worse
+from vi_params.approximation.result import judge
+from vi_params.solvers.population_monte_carlo import (
+    GOOD_K_HAT,
+    GOOD_SHARE,
+    Population,
+    population,
+)
 from vi_params.target import Target, flat
 
 COMPONENTS = 16
@@ -37,10 +42,6 @@ ROUNDS = 16
 PATIENCE = 4
 """After how many rounds in which no larger share of the draws was effective they end."""
 
-EFFECTIVE = 0.15
-"""The smallest share of effective draws of a mixture to be trusted: a tail that its draws do not
-reach is missing from the weights and from what was fitted to them alike."""
-
 POLISHED = "population Monte Carlo"
 """What the polished mixture is called."""
 
@@ -63,20 +64,29 @@ def polish(target: Target, start: Candidate, keys: Iterator[jax.Array], data: An
         shapes = begin.ahead(pool, params, key, start.drawn, data)
         drawn, _ = weighted.ahead(pool, shapes, key, data)
         refit.ahead(pool, shapes, drawn)
-        resampled.ahead(pool, key, drawn.smoothed.log_weights)
 
-    params, tried = begin(params, key, start.drawn, data), []
-    for _ in range(ROUNDS):
+    def judged(params: Any) -> Candidate:
         drawn, diagnosis = weighted(params, next(keys), data)
         solution = start.solution._replace(guide=rounds.guide, params=params)
         diagnosis = jax.device_get(diagnosis)
-        tried.append(Candidate(POLISHED, solution, diagnosis, drawn, GOOD_K_HAT))
+        return Candidate(POLISHED, solution, diagnosis, drawn, GOOD_K_HAT, GOOD_SHARE)
+
+    tried: list[Candidate] = []
+    params, made = begin(params, key, start.drawn, data), 0
+    while True:
+        tried.append(judged(params))
+        made += 1
         shares = [one.share for one in tried]
-        if tried[-1].is_good or len(tried) - shares.index(max(shares)) > PATIENCE:
-            break
-        params = refit(params, drawn)
-    found = judged(POLISHED, target, best_of(tried).solution, keys, data, DRAWS)
-    return found._replace(limit=GOOD_K_HAT, effective=EFFECTIVE)
+        stale = len(tried) - shares.index(max(shares)) > PATIENCE
+        if tried[-1].is_good or stale or made == ROUNDS:
+            best = best_of(tried)
+            again = judged(best.solution.params)
+            found = best._replace(diagnosis=worse(best.diagnosis, again.diagnosis))
+            if found.is_trustworthy or not best.is_trustworthy or made == ROUNDS:
+                return found
+            # The best of many rounds was lucky; these draws show what it left out.
+            tried = [again]
+        params = refit(tried[-1].solution.params, tried[-1].drawn)
 
 
 def _compiled(rounds: Population) -> tuple[Quick, Quick]:

@@ -16,12 +16,15 @@ from vi_params._table import Table
 from vi_params._tree import pick
 from vi_params.diagnostics.diagnose import Diagnosis, judged
 from vi_params.guide import Guide
-from vi_params.importance import Weighted, at_once, pick_draws, weigh
+from vi_params.importance import Weighted, at_once, weigh
 from vi_params.params import constrain
 from vi_params.target import Target, split_vector
 
 STARTS = 1000
 """From how many draws `nuts_start` estimates the mass matrix."""
+
+NEARLY_ALL = 0.85
+"""The share of effective draws above which a batch is resampled to its full size."""
 
 MOST_BATCHES = 25
 """How many batches one call of `draws` makes at most so that none is taken twice."""
@@ -127,8 +130,9 @@ class Approximation:
     def _choose(self, key: jax.Array, num_draws: int) -> tuple[dict[str, jax.Array], jax.Array]:
         """Latents and unconstrained vectors of `num_draws` draws."""
         size = int(self.diagnosis.num_draws)
-        # So many batches that a draw is seldom taken twice.
-        fresh = max(1.0, 0.5 * float(self.diagnosis.ess)) if self.resampled else size
+        # So many batches that a draw is seldom taken twice; nearly none is where nearly all count.
+        ess = float(self.diagnosis.ess) if self.resampled else size
+        fresh = max(1.0, 0.5 * ess) if ess < NEARLY_ALL * size else size
         batches = min(MOST_BATCHES, math.ceil(num_draws / fresh))
         batches = max(batches, math.ceil(num_draws / size))
         each = math.ceil(num_draws / batches)
@@ -139,7 +143,7 @@ class Approximation:
             weighted = draw(self.params, propose, self.data)[0]
             index = np.arange(size)
             if self.resampled:
-                index = np.asarray(resampled(choose, weighted.smoothed.log_weights))
+                index = _resampled(choose, weighted.smoothed.log_weights)
             # In numpy: every number of draws would compile a program of its own.
             found = jax.device_get((weighted.latents, weighted.position))
             parts.append(jax.tree.map(lambda leaf, i=index[:each]: leaf[i], found))
@@ -167,10 +171,13 @@ def _judge(target: Target, guide: Guide, num_draws: int) -> Quick:
     return Quick(weighted, options={})
 
 
-@Quick
-def resampled(key: jax.Array, log_weights: jax.Array) -> jax.Array:
-    """A batch of draws in random order: each of its parts is one, too."""
-    return pick_draws(key, log_weights, len(log_weights))
+def _resampled(key: jax.Array, log_weights: jax.Array) -> np.ndarray:
+    """Systematic resampling as by `pick_draws`, in random order so that each part is a sample, too:
+    in numpy, since a sort takes longer to compile than all of this to run."""
+    random = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    edges = np.cumsum(np.exp(np.asarray(log_weights, float)))
+    levels = (np.arange(len(edges)) + random.uniform()) / len(edges) * edges[-1]
+    return random.permutation(np.minimum(np.searchsorted(edges, levels), len(edges) - 1))
 
 
 def _deterministic(target: Target) -> Callable[..., dict[str, jax.Array]]:

@@ -1,6 +1,7 @@
 """Variational families: each a function of a target."""
 
 from vi_params.guides.active_mixture import active_mixture
+from vi_params.guides.contaminated import contaminated_normal
 from vi_params.guides.delta import delta
 from vi_params.guides.flow import flow
 from vi_params.guides.gaussian import full_rank, mean_field
@@ -9,6 +10,7 @@ from vi_params.guides.mixture import mixture
 
 __all__ = [
     "active_mixture",
+    "contaminated_normal",
     "delta",
     "flow",
     "full_rank",

@@ -26,7 +26,7 @@ from numpyro.distributions import constraints
 
 from vi_params._check import explain, require_count
 from vi_params.guide import Guide
-from vi_params.guides.gaussian import Scale, location_scale, positive
+from vi_params.guides.location_scale import Scale, location_scale, positive
 from vi_params.guides.starts import start_vector
 from vi_params.params import Param
 from vi_params.target import Target, flat

@@ -16,7 +16,7 @@ from numpyro.distributions import constraints
 
 from vi_params._check import explain, require_count
 from vi_params.guide import Draw, Guide, pick_own, sampler
-from vi_params.guides.gaussian import positive
+from vi_params.guides.location_scale import positive
 from vi_params.guides.starts import model_values, start_vector
 from vi_params.noise import Noise, iid
 from vi_params.params import Param, constrain
