@@ -47,12 +47,12 @@ class Candidate(NamedTuple):
     @property
     def k_hat(self) -> float:
         """K-hat; infinite where it is not a number."""
-        return float(np.nan_to_num(self.diagnosis.k_hat, nan=np.inf))
+        return _k_hat(self.diagnosis)
 
     @property
     def share(self) -> float:
         """How many of the draws are effective."""
-        return float(self.diagnosis.ess) / int(self.diagnosis.num_draws)
+        return _share(self.diagnosis)
 
     @property
     def is_good(self) -> bool:
@@ -62,8 +62,7 @@ class Candidate(NamedTuple):
     @property
     def is_trustworthy(self) -> bool:
         """Whether its weighted draws are the posterior's."""
-        below = self.k_hat < threshold(int(self.diagnosis.num_draws))
-        return below and self.share > EFFECTIVE
+        return is_reliable(self.diagnosis)
 
 
 def judged(
@@ -81,9 +80,23 @@ def judged(
     return Candidate(name, solution, worse(*judgements), draws[0][0], threshold(num_draws))
 
 
+def is_reliable(diagnosis: Diagnosis) -> bool:
+    """Whether weights like these turn draws into the posterior's."""
+    limit = threshold(int(diagnosis.num_draws))
+    return _k_hat(diagnosis) < limit and _share(diagnosis) > EFFECTIVE
+
+
 def worse(one: Diagnosis, other: Diagnosis) -> Diagnosis:
-    """The judgement with the larger k-hat."""
-    return max(one, other, key=lambda d: np.nan_to_num(d.k_hat, nan=np.inf))
+    """The judgement that is not reliable; of two that are alike, the one with the larger k-hat."""
+    return max(one, other, key=lambda d: (not is_reliable(d), _k_hat(d)))
+
+
+def _k_hat(diagnosis: Diagnosis) -> float:
+    return float(np.nan_to_num(diagnosis.k_hat, nan=np.inf))
+
+
+def _share(diagnosis: Diagnosis) -> float:
+    return float(diagnosis.ess) / int(diagnosis.num_draws)
 
 
 def with_wide_tails(target: Target, solution: Solution) -> Solution:
