@@ -1,5 +1,7 @@
 """One call from a target to draws and a verdict: against closed forms, quadrature and NUTS."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,8 @@ from numpyro.distributions import constraints
 from numpyro.infer import MCMC, NUTS
 
 import vi_params as vi
+from vi_params._cache import program
+from vi_params.approximation.result import _deterministic
 
 KEY = jax.random.key(0)
 
@@ -31,27 +35,32 @@ def conjugate():
 
 
 TARGET = conjugate()
-POSTERIOR = vi.approximate(TARGET, KEY)
 
 
-def test_draws_are_those_of_the_closed_form():
+@pytest.fixture(scope="module")
+def posterior():
+    return vi.approximate(TARGET, KEY)
+
+
+def test_draws_are_those_of_the_closed_form(posterior):
     exact = dist.Gamma(21.0, 5.0)
-    draws = POSTERIOR.draws(jax.random.key(1), 8000)
-    assert POSTERIOR.trustworthy
-    assert POSTERIOR.resampled
+    draws = posterior.draws(jax.random.key(1), 8000)
+    assert posterior.trustworthy
+    assert posterior.resampled
     assert set(draws) == {"rate", "double"}
     np.testing.assert_array_equal(draws["double"], 2.0 * draws["rate"])
     np.testing.assert_allclose(draws["rate"].mean(), exact.mean, atol=0.04)
     np.testing.assert_allclose(draws["rate"].std(), np.sqrt(exact.variance), rtol=0.05)
 
 
-def test_any_number_of_draws_is_given():
+def test_any_number_of_draws_is_given(posterior):
     for number in (1, 4001, 450_000):
-        assert POSTERIOR.draws(KEY, number)["rate"].shape == (number,)
+        draws = posterior.draws(KEY, number)
+        assert draws["rate"].shape == draws["double"].shape == (number,)
 
 
-def test_it_prints_a_verdict_and_what_was_tried():
-    text = str(POSTERIOR)
+def test_it_prints_a_verdict_and_what_was_tried(posterior):
+    text = str(posterior)
     assert text.startswith("Trust this (")
     assert "* linear response" in text
     assert "log evidence" in text
@@ -63,7 +72,7 @@ def test_a_second_call_compiles_nothing(compilations):
     other_key, counts = jax.random.key(5), jnp.array([1.0, 2.0, 0.0, 1.0])
     with compilations() as seen:
         other = vi.approximate(TARGET, other_key, counts)
-        draws = other.draws(KEY, 100)
+        draws = other.draws(KEY, 137)
     assert seen == []
     np.testing.assert_allclose(draws["rate"].mean(), 6.0 / 5.0, atol=0.25)
 
@@ -80,6 +89,14 @@ def test_it_holds_few_instances_of_the_model():
     vi.approximate(target, KEY, polish=False)
     # Each program traces its loops' bodies up to three times (shapes, fixed points, the program).
     assert len(calls) <= 8
+
+
+NOTHING = vi.target(lambda values, latents, data: jnp.zeros(()), {})
+NAMED = TARGET._replace(
+    declared=vi.target(
+        lambda values, latents, data: jnp.zeros(()), {}, declared={"guide": 0.0}
+    ).declared
+)
 
 
 def two_modes(values, latents, data):
@@ -99,6 +116,91 @@ def test_distinct_optima_are_merged():
     draws = found.draws(KEY, 4000)["z"]
     np.testing.assert_allclose((draws[:, 0] > 0).mean(), 0.7, atol=0.04)
     np.testing.assert_allclose(draws.mean(0), 0.4 * 6.0, atol=0.4)
+
+
+@pytest.mark.slow
+def test_distinct_optima_of_many_latents_are_merged(monkeypatch):
+    """Where covariances are a few directions and a diagonal, too."""
+    module = importlib.import_module("vi_params.approximation.approximate")
+    monkeypatch.setattr(module, "DENSE", 1)
+    monkeypatch.setattr(module, "RANK", 1)
+    target = vi.target(two_modes, {"z": vi.Latent((2,))})
+    found = vi.approximate(target, jax.random.key(1), lanes=8, polish=False)
+    assert "* 2 optima merged" in str(found)
+    np.testing.assert_allclose(found.draws(KEY, 4000)["z"].mean(0), 0.4 * 6.0, atol=0.4)
+
+
+def test_parameters_of_the_model_are_estimated():
+    """z ~ N(mu, 1), y ~ N(z, 1): the evidence of N(mu, 2) is largest at the mean of y."""
+
+    def log_density(values, latents, data):
+        z = latents["z"]
+        prior = dist.Normal(values["mu"], 1.0).log_prob(z)
+        return jnp.sum(prior + dist.Normal(z, 1.0).log_prob(data))
+
+    y = jnp.array([1.0, 2.0, 6.0])
+    target = vi.target(log_density, {"z": vi.Latent((3,))}, declared={"mu": 0.0}, data=y)
+    found = vi.approximate(target, KEY)
+    assert found.trustworthy
+    np.testing.assert_allclose(found.params["mu"], 3.0, atol=1e-3)
+    np.testing.assert_allclose(found.draws(KEY, 4000)["z"].mean(0), (y + 3.0) / 2, atol=0.05)
+
+
+def test_plates_are_looked_at_whole():
+    """Data marked for batches: the posterior is that of all rows."""
+
+    def likelihood(values, latents, data):
+        return dist.Normal(latents["mean"], 1.0).log_prob(data)
+
+    def prior(values, latents, data):
+        return dist.Normal(0.0, 10.0).log_prob(latents["mean"])
+
+    y = jnp.linspace(-1.0, 3.0, 100)
+    latents = {"mean": vi.Latent(())}
+    target = vi.target(prior, latents, per_row=likelihood, data=vi.minibatch(y, 10))
+    draws = vi.approximate(target, KEY).draws(KEY, 4000)["mean"]
+    np.testing.assert_allclose(draws.mean(), 1.0, atol=0.01)
+    np.testing.assert_allclose(draws.std(), 0.1, rtol=0.05)
+    streamed = vi.minibatch(y[:10], 10, size=100)
+    first = vi.target(prior, latents, per_row=likelihood, data=streamed)
+    with pytest.raises(ValueError, match="10 of 100 rows"):
+        vi.approximate(first, KEY)
+    with pytest.raises(ValueError, match="all data at once"):
+        vi.approximate(target, KEY, vi.Batch(y, {"rows": jnp.arange(10)}))
+
+
+def test_densities_that_are_not_finite_are_told():
+    def log_density(values, latents, data):
+        z = latents["z"]
+        return jnp.where(z > 1.5, jnp.inf, dist.Normal().log_prob(z))
+
+    found = vi.approximate(vi.target(log_density, {"z": vi.Latent(())}), KEY, polish=False)
+    assert not found.trustworthy
+    assert "not finite at some draws" in found.verdict
+
+
+def test_deterministic_sites_make_no_batched_factorisations():
+    """On a CPU such calls can wait for each other for ever."""
+    root = jnp.eye(3) + jnp.tri(3)
+
+    def solved(values, latents, data):
+        return {"x": jax.scipy.linalg.solve_triangular(latents["z"] * root, data, lower=True)}
+
+    target = vi.target(
+        lambda v, z, d: dist.Normal(3.0, 0.1).log_prob(z["z"]),
+        {"z": vi.Latent(())},
+        data=jnp.ones(3),
+        deterministic=solved,
+    )
+    found = vi.approximate(target, KEY)
+    draws = found.draws(KEY, 10)
+    exact = np.linalg.solve(np.asarray(root), np.ones(3)) / np.asarray(draws["z"])[:, None]
+    np.testing.assert_allclose(draws["x"], exact, rtol=1e-4, atol=1e-6)
+    resampled = vi.resample(target, found.guide, found.params, KEY, 50)
+    assert resampled["x"].shape == (50, 3)
+    compute = program(_deterministic, target).plain
+    text = str(jax.make_jaxpr(compute)(found.params, {"z": draws["z"]}, target.data))
+    assert ("scan" in text) == (jax.default_backend() == "cpu")
 
 
 def banana(values, latents, data):
@@ -170,11 +272,23 @@ def test_no_valid_start_is_an_error_that_says_where():
         (lambda: vi.approximate(TARGET, 0), TypeError, "key"),
         (lambda: vi.approximate(schools, KEY), TypeError, "vi.from_numpyro"),
         (lambda: vi.approximate(TARGET, KEY, lanes=0), ValueError, "lanes"),
-        (lambda: POSTERIOR.draws(KEY, 0), ValueError, "num_draws"),
-        (lambda: POSTERIOR.draws(1, 10), TypeError, "key"),
-        (lambda: POSTERIOR.nuts_start(KEY, 0), ValueError, "num_chains"),
+        (lambda: vi.approximate(NOTHING, KEY), ValueError, "nothing to approximate"),
+        (lambda: vi.approximate(NAMED, KEY), ValueError, "name of the guide"),
     ],
 )
 def test_wrong_arguments_are_refused(call, kind, fragment):
     with pytest.raises(kind, match=fragment):
         call()
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "fragment"),
+    [
+        (lambda posterior: posterior.draws(KEY, 0), ValueError, "num_draws"),
+        (lambda posterior: posterior.draws(1, 10), TypeError, "key"),
+        (lambda posterior: posterior.nuts_start(KEY, 0), ValueError, "num_chains"),
+    ],
+)
+def test_wrong_requests_are_refused(posterior, call, kind, fragment):
+    with pytest.raises(kind, match=fragment):
+        call(posterior)

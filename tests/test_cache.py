@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
 import pytest
@@ -40,6 +41,8 @@ EQUAL = {
     "lbfgs": lambda: optax.lbfgs(),
     "schedule-free": lambda: optax.contrib.schedule_free_adamw(0.1),
     "averaged": lambda: vi.averaged(optax.adam(0.1), eta=4.0),
+    "arrays": lambda: ({"z": jnp.ones(2)}, np.ones(2)),
+    "numpy's numbers": lambda: (np.int64(3), np.float32(0.1)),
     "a partial": lambda: functools.partial(jnp.add, 1.0),
     "a stopping rule": lambda: vi.stopping.plateau(window=500),
     "a lambda over a global": lambda: lambda step: RATE * step,
@@ -52,7 +55,11 @@ DIFFERENT = {
     "a bool and an int": (lambda: (True,), lambda: (1,)),
     "zeros of different sign": (lambda: (0.0,), lambda: (-0.0,)),
     "defaults": (lambda: lambda x=1: x, lambda: lambda x=2: x),
-    "arrays": (lambda: (jnp.ones(2),), lambda: (jnp.ones(2),)),
+    "arrays of other values": (lambda: (jnp.ones(2),), lambda: (jnp.zeros(2),)),
+    "arrays of other shapes": (lambda: (np.ones(2),), lambda: (np.ones((2, 1)),)),
+    "arrays of other dtypes": (lambda: (np.zeros(2, "f4"),), lambda: (np.zeros(2, "i4"),)),
+    "numpy's and JAX's arrays": (lambda: (np.ones(2, "f4"),), lambda: (jnp.ones(2, "f4"),)),
+    "strongly and weakly typed": (lambda: (jnp.float32(1.0),), lambda: (jnp.asarray(1.0),)),
     "partials": (
         lambda: functools.partial(jnp.add, 1.0),
         lambda: functools.partial(jnp.add, 2.0),

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from vi_params._over import over
+import vi_params as vi
+from vi_params._over import LAPACK, _equations, over, over_lanes
 
 MATRICES = jnp.eye(3) + 0.1 * jnp.arange(6.0)[:, None, None]
 
@@ -41,6 +42,53 @@ def test_others_are_made_side_by_side():
     root = jnp.linalg.cholesky(MATRICES[0])
     # One factor for all: many right-hand sides in one call.
     assert not loops(lambda x: jax.scipy.linalg.solve_triangular(root, x[0], lower=True))
+
+
+def gaussian_process(number=7):
+    """The length scale of a Gaussian process: its density factorises a matrix of that size."""
+    distance = jnp.square(jnp.linspace(0.0, 1.0, number)[:, None] - jnp.linspace(0.0, 1.0, number))
+
+    def log_density(values, latents, data):
+        covariance = jnp.exp(-distance * jnp.exp(latents["z"])) + 0.1 * jnp.eye(number)
+        root = jnp.linalg.cholesky(covariance)
+        e = jax.scipy.linalg.solve_triangular(root, data, lower=True)
+        return -0.5 * e @ e - jnp.log(jnp.diagonal(root)).sum() - 0.5 * latents["z"] ** 2
+
+    return vi.target(log_density, {"z": vi.Latent(())}, data=jnp.sin(jnp.arange(1.0 * number)))
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="others have no such pool")
+@pytest.mark.parametrize(
+    "solver",
+    ["deterministic", "laplace", "pathfinder", "batch_and_match", "natural_gradient", "svgd"],
+)
+def test_solvers_factorise_one_matrix_at_a_time(solver):
+    """Not a batch of them over draws, particles, lanes or paths."""
+    solve = getattr(vi.solvers, solver)
+    program = jax.make_jaxpr(lambda key: jax.tree.leaves(solve(gaussian_process(), key)[1:3]))
+    found = [
+        equation.invars[0].aval.shape
+        for equation in _equations(program(jax.random.key(0)).jaxpr)
+        if equation.primitive.name in LAPACK and equation.invars[0].aval.shape[-2:] == (7, 7)
+    ]
+    assert found
+    assert set(found) == {(7, 7)}
+
+
+def test_lanes_are_made_one_by_one_where_what_they_evaluate_asks_for_it():
+    def lane(x):
+        return jnp.linalg.cholesky(x).sum()
+
+    def of(f):
+        return str(jax.make_jaxpr(lambda xs: over_lanes(lane, xs, f, MATRICES[0]))(MATRICES))
+
+    assert ("scan" in of(jnp.linalg.cholesky)) == (jax.default_backend() == "cpu")
+    assert "scan" not in of(square)
+    np.testing.assert_allclose(
+        over_lanes(lane, MATRICES, jnp.linalg.cholesky, MATRICES[0]),
+        jax.vmap(lane)(MATRICES),
+        rtol=1e-6,
+    )
 
 
 def test_it_has_derivatives():

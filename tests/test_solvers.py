@@ -254,13 +254,37 @@ def test_the_best_of_several_optima_is_taken():
         ({"num_draws": 0}, ValueError, "num_draws"),
         ({"num_draws": 7}, ValueError, "even"),
         ({"init": {"y": 0.0}}, KeyError, "y"),
+        ({"num_draws": 7, "noise": vi.noise.iid()}, ValueError, "even"),
+        ({"tolerance": -1.0}, ValueError, "tolerance"),
         ({"key": 0}, TypeError, "key"),
+        ({"target": 3}, TypeError, "Target"),
         ({"data": {"means": MEAN}}, KeyError, "means"),
+        ({"data": vi.Batch({"mean": MEAN}, {"rows": np.arange(2)})}, ValueError, "all data"),
     ],
 )
 def test_wrong_arguments_are_refused(options, kind, fragment):
     with pytest.raises(kind, match=fragment):
-        vi.solvers.deterministic(gaussian(), **{"key": KEY} | options)
+        vi.solvers.deterministic(**{"target": gaussian(), "key": KEY} | options)
+
+
+def test_an_array_that_gives_the_start_may_change():
+    """Two optima, and the array that says which of them is near is written into."""
+    target = one_latent(
+        lambda z: jnp.logaddexp(
+            dist.Normal(6.0, 0.5).log_prob(z), dist.Normal(-6.0, 0.5).log_prob(z)
+        )
+    )
+    start = np.array(-5.0)
+    for at in (-5.0, 5.0):
+        start[...] = at
+        solution = vi.solvers.deterministic(target, KEY, init={"z": start}, lanes=1)
+        np.testing.assert_allclose(values_of(solution)["loc"], [1.2 * at], atol=0.01)
+
+
+def test_one_pair_tells_no_sampling_error():
+    target = gaussian()
+    solution = vi.solvers.deterministic(target, KEY, num_draws=2)
+    assert np.isnan(vi.linear_response(target, solution).info.sampling_error)
 
 
 def test_linear_response_wants_a_mean_field_solution():
@@ -268,6 +292,11 @@ def test_linear_response_wants_a_mean_field_solution():
     response = vi.linear_response(target, vi.solvers.deterministic(target, KEY))
     with pytest.raises(ValueError, match="starts from a mean-field solution"):
         vi.linear_response(target, response)
+    with pytest.raises(TypeError, match="Solution"):
+        vi.linear_response(target, (1, 2))
+    solution = vi.solvers.deterministic(target, KEY)
+    with pytest.raises(KeyError, match="means"):
+        vi.linear_response(target, solution, {"means": MEAN})
 
 
 def test_supports_are_kept():

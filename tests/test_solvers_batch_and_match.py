@@ -279,6 +279,7 @@ def test_parameters_of_the_model_are_kept():
         ({"init": {"loc": np.zeros(2), "scale": np.ones(2)}}, ValueError, "wrong shape"),
         ({"init": {"loc": np.zeros(3), "scale": -np.ones(3)}}, ValueError, "positive"),
         ({"init": {"loc": np.full(3, np.nan), "scale": np.ones(3)}}, ValueError, "finite"),
+        ({"init": {"loc": np.zeros(3), "scale_tril": np.ones((3, 3))}}, ValueError, "cholesky"),
         ({"init": 3}, TypeError, "start strategy"),
         ({"key": 0}, TypeError, "key"),
         ({"data": {"means": MEAN}}, KeyError, "means"),
@@ -288,3 +289,11 @@ def test_parameters_of_the_model_are_kept():
 def test_wrong_arguments_are_refused(gaussian, options, kind, fragment):
     with pytest.raises(kind, match=fragment):
         vi.solvers.batch_and_match(**{"target": gaussian, "key": KEY} | options)
+
+
+def test_a_latent_may_be_called_loc():
+    target = vi.target(
+        lambda v, z, d: dist.Normal(3.0, 1.0).log_prob(z["loc"]), {"loc": vi.Latent(())}
+    )
+    solution = vi.solvers.batch_and_match(target, KEY, init={"loc": 2.0})
+    np.testing.assert_allclose(values_of(solution)["loc"], [3.0], atol=0.05)

@@ -12,11 +12,14 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 SIZE = 64
 """How many programs are kept; those not used for longest go first, with what they close over."""
 
-NUMBERS = (bool, int, float, complex, str, bytes)
+NUMBERS = (bool, int, float, complex, str, bytes, np.generic)
 
 
 class Part:
@@ -82,6 +85,8 @@ def _identity(thing: Any, above: tuple[int, ...]) -> Hashable:
         return type(thing), repr(thing)
     if isinstance(thing, (frozenset, jax.tree_util.PyTreeDef)):
         return type(thing), thing
+    if isinstance(thing, (np.ndarray, jax.Array)) and not isinstance(thing, Tracer):
+        return _values(thing)
     if id(thing) in above:
         return Itself(thing)
     above = (*above, id(thing))
@@ -97,6 +102,14 @@ def _identity(thing: Any, above: tuple[int, ...]) -> Hashable:
         parts = (cells, thing.__defaults__, thing.__kwdefaults__)
         return thing.__code__, _globals(thing), _identity(parts, above)
     return Itself(thing)
+
+
+def _values(array: np.ndarray | jax.Array) -> Hashable:
+    """What an array holds now; arrays of other things than numbers are told apart as objects."""
+    if not any(jnp.issubdtype(array.dtype, kind) for kind in (np.number, np.bool_)):
+        return Itself(array)
+    weak = getattr(array, "weak_type", False)
+    return isinstance(array, jax.Array), weak, array.shape, array.dtype, np.asarray(array).tobytes()
 
 
 def _contents(cell: Any) -> Any:

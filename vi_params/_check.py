@@ -160,3 +160,16 @@ def require_count(value: Any, name: str, where: str, least: int = 1) -> None:
                 where=where,
             )
         )
+
+
+def require_positive(value: Any, name: str, where: str) -> None:
+    """Raises ValueError unless `value` is a positive number."""
+    if not value > 0:
+        raise ValueError(
+            explain(
+                f"{name} must be positive.",
+                expected=f"{name} > 0",
+                received=repr(value),
+                where=where,
+            )
+        )

@@ -16,7 +16,7 @@ def compile_usual(target: Target, key: jax.Array, data: Any, lanes: int, num_dra
     """Compiles, unless it is, what leads from a target to draws of its dense linear response.
 
     Args:
-        target: what to approximate.
+        target: what to approximate, no plate of it subsampled.
         key: a typed random key.
         data: the data.
         lanes: as `vi.solvers.deterministic` takes them.

@@ -1,12 +1,13 @@
 """The one call for people who do not want to choose."""
 
 import itertools
+import math
 from typing import Any
 
 import jax
 import numpy as np
 
-from vi_params._check import explain, require_count, require_instance, require_key
+from vi_params._check import explain, require_count, require_key
 from vi_params._table import Table
 from vi_params.approximation.ahead import compile_usual
 from vi_params.approximation.candidate import Candidate, best_of, judged, with_wide_tails
@@ -16,13 +17,16 @@ from vi_params.approximation.polish import polish as polished
 from vi_params.approximation.result import Approximation
 from vi_params.diagnostics import check
 from vi_params.diagnostics.diagnose import threshold
-from vi_params.objectives.objective import resolve
 from vi_params.solvers.deterministic import deterministic
 from vi_params.solvers.linear_response import linear_response
 from vi_params.solvers.merge import merge
 from vi_params.solvers.optima import distinct
 from vi_params.solvers.solution import Solution, SolverStatus
-from vi_params.target import Target, flat
+from vi_params.solvers.start import data_of
+from vi_params.target import Target, flat, whole
+
+GUIDE = "guide"
+"""What the guide's parameters are called."""
 
 BATCH = 4000
 """By how many draws a Gaussian is judged."""
@@ -63,23 +67,25 @@ def approximate(
 
     It runs on the host; the pieces are pure: `vi.solvers.deterministic`, `vi.linear_response`,
     `vi.merge`, `vi.solvers.population_monte_carlo`, `vi.diagnose`, `vi.resample`. A second call
-    with data of the same shapes compiles nothing new.
+    with data of the same shapes compiles nothing that the first one needed.
 
     Args:
         target: what to approximate, with all its data at once.
         key: a typed random key.
         data: the data; the target's own where None.
         lanes: from how many starts.
-        polish: whether to go on after linear response where it is not good enough.
-        flow: whether to go on with a normalising flow where nothing yet is to be trusted; it takes
-            thousands of gradient steps.
+        polish: whether to go on after linear response where it is not good enough, in up to 500
+            dimensions.
+        flow: whether to go on with a normalising flow where nothing yet is to be trusted, in up to
+            1000 dimensions; it takes thousands of gradient steps.
 
     Returns:
         An `Approximation`: print it. `draws(key, n)` gives draws, importance-resampled where that
         can be relied on; where it is not to be trusted, `nuts_start(key)` gives MCMC a start.
 
     Raises:
-        ValueError: no start has a finite density and gradient, or lanes < 1.
+        ValueError: no start has a finite density and gradient, lanes < 1, the data are a batch of
+            rows, or the target has no continuous latents or a parameter called "guide".
         KeyError: `data` has unknown names, or lacks one.
         TypeError: `key` is not a typed key, or `target` is no target.
 
@@ -97,10 +103,10 @@ def approximate(
         >>> bool(abs(draws.mean() - 3.5) < 0.1), bool(abs(draws.var() - 0.875) < 0.1)
         (True, True)
     """
-    require_instance(target, Target, "vi.target or vi.from_numpyro", "approximate, target")
+    data = data_of(target, data)
     require_key(key, "approximate")
     require_count(lanes, "lanes", "approximate")
-    data = resolve(target, data)
+    target = _usable(whole(target))
     keys = (jax.random.fold_in(key, i) for i in itertools.count())
     if flat(target).dim <= DENSE:
         compile_usual(target, key, data, lanes, BATCH)
@@ -122,6 +128,32 @@ def approximate(
         candidates.append(flowed(target, candidates[0], keys, data))
         best = best_of(candidates)
     return _conclude(target, candidates, best, data)
+
+
+def _usable(target: Target) -> Target:
+    """The target, which must have what is approximated and leave the guide its name."""
+    if not flat(target).dim:
+        raise ValueError(
+            explain(
+                "There is nothing to approximate.",
+                expected="a target with continuous latents",
+                received=f"latents {sorted(target.latents)}, discrete ones summed out",
+                where="approximate, target",
+                hint="without them the log density is the log evidence, and "
+                "vi.infer_discrete gives the discrete ones",
+            )
+        )
+    if GUIDE in target.declared:
+        raise ValueError(
+            explain(
+                "A parameter has the name of the guide's.",
+                expected=f"parameters of the target under other names than {GUIDE!r}",
+                received=f"parameters {sorted(target.declared)}",
+                where="approximate, target",
+                hint="rename it",
+            )
+        )
+    return target
 
 
 def _respond(
@@ -175,13 +207,16 @@ def _verdict(best: Candidate) -> str:
     found = f"{best.name}: k-hat {k_hat:.2f}, {100 * best.share:.0f} % of the draws effective"
     if best.is_trustworthy:
         return f"Trust this ({found}); draws are importance-resampled."
-    reason = "the tail of the importance weights is too heavy"
-    if k_hat < limit:
+    if math.isnan(k_hat):
+        reason = "the log density is not finite at some draws; vi.check(target, key) looks at it"
+    elif k_hat < limit:
         reason = "too few draws count, or tails were not reached"
+    else:
+        reason = "the tail of the importance weights is too heavy"
     info = best.solution.info
     told = ""
     if int(info.status) != SolverStatus.CONVERGED:
-        told = f" The solver: {info.message}."
+        told = f" The mean-field solver it began with: {info.message}."
     return (
         f"Do not trust this ({found}): {reason}. Use MCMC; .nuts_start(key) gives it starting "
         f"points and a mass matrix. Draws are the guide's own, not resampled.{told}"

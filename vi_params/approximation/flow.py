@@ -29,9 +29,10 @@ STEPS, RATE = 3000, 5e-3
 
 
 def can_flow(start: Candidate) -> bool:
-    """Whether there is a dense Gaussian to begin at."""
+    """Whether there is a dense Gaussian to begin at, of coordinates that can move each other."""
     (name,) = start.solution.guide.declared
-    return set(start.solution.params[name]) == {"loc", "scale_tril"}
+    own = start.solution.params[name]
+    return set(own) == {"loc", "scale_tril"} and own["loc"].size > 1
 
 
 def flowed(target: Target, start: Candidate, keys: Iterator[jax.Array], data: Any) -> Candidate:

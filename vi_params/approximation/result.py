@@ -12,6 +12,7 @@ import numpy as np
 from vi_params._cache import program
 from vi_params._check import require_count, require_key
 from vi_params._compile import Quick
+from vi_params._over import over
 from vi_params._table import Table
 from vi_params._tree import pick
 from vi_params.diagnostics.diagnose import Diagnosis, judged
@@ -19,6 +20,9 @@ from vi_params.guide import Guide
 from vi_params.importance import Weighted, at_once, weigh
 from vi_params.params import constrain
 from vi_params.target import Target, split_vector
+
+BLOCK = 500
+"""For how many draws deterministic sites are computed at once."""
 
 STARTS = 1000
 """From how many draws `nuts_start` estimates the mass matrix."""
@@ -89,8 +93,14 @@ class Approximation:
         require_key(key, "Approximation.draws")
         require_count(num_draws, "num_draws", "Approximation.draws")
         latents, _ = self._choose(key, num_draws)
-        added = program(_deterministic, self.target)(self.params, latents, self.data)
-        return {**latents, **added}
+        compute = program(_deterministic, self.target)
+        parts = []
+        for begin in range(0, num_draws, BLOCK):
+            # Blocks of one size: every number of draws would compile a program of its own.
+            rows = np.minimum(np.arange(begin, begin + BLOCK), num_draws - 1)
+            block = {name: values[rows] for name, values in latents.items()}
+            parts.append(jax.device_get(compute(self.params, block, self.data)))
+        return jax.device_put({**latents, **_joined(parts, num_draws)})
 
     def nuts_start(self, key: jax.Array, num_chains: int = 4) -> NutsStart:
         """Starting points and an inverse mass matrix for NUTS.
@@ -127,8 +137,8 @@ class Approximation:
         named = jax.vmap(lambda u: split_vector(self.target, u))(start)
         return NutsStart(start, named, covariance)
 
-    def _choose(self, key: jax.Array, num_draws: int) -> tuple[dict[str, jax.Array], jax.Array]:
-        """Latents and unconstrained vectors of `num_draws` draws."""
+    def _choose(self, key: jax.Array, num_draws: int) -> tuple[dict[str, np.ndarray], jax.Array]:
+        """Latents, on the host, and unconstrained vectors of `num_draws` draws."""
         size = int(self.diagnosis.num_draws)
         # So many batches that a draw is seldom taken twice; nearly none is where nearly all count.
         ess = float(self.diagnosis.ess) if self.resampled else size
@@ -147,8 +157,8 @@ class Approximation:
             # In numpy: every number of draws would compile a program of its own.
             found = jax.device_get((weighted.latents, weighted.position))
             parts.append(jax.tree.map(lambda leaf, i=index[:each]: leaf[i], found))
-        joined = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:num_draws], *parts)
-        return jax.tree.map(jnp.asarray, joined)
+        latents, position = _joined(parts, num_draws)
+        return latents, jax.device_put(position)
 
     def __str__(self) -> str:
         return f"{self.verdict}\n{self.table}"
@@ -180,10 +190,15 @@ def _resampled(key: jax.Array, log_weights: jax.Array) -> np.ndarray:
     return random.permutation(np.minimum(np.searchsorted(edges, levels), len(edges) - 1))
 
 
+def _joined(parts: list[Any], num_rows: int) -> Any:
+    """The first rows of several trees of arrays, one after the other."""
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:num_rows], *parts)
+
+
 def _deterministic(target: Target) -> Callable[..., dict[str, jax.Array]]:
     @Quick
     def compiled(params: Any, latents: Any, data: Any) -> dict[str, jax.Array]:
         values = constrain(target.declared, pick(params, target.declared))
-        return jax.vmap(lambda one: target.deterministic(values, one, data))(latents)
+        return over(lambda one: target.deterministic(values, one, data), latents)
 
     return compiled

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from vi_params._cache import program
 from vi_params._check import explain, require_count, require_instance, require_key, require_names
+from vi_params._over import over
 from vi_params._tree import abstract_key, pick
 from vi_params.batches.batch import require_rows, split
 from vi_params.params import constrain, init_params
@@ -117,10 +118,7 @@ def _infer(target: Target, temperature: int, batch_size: int | None) -> Callable
             number, z = given
             return infer(values, z, jax.random.fold_in(key, number) if temperature else None, data)
 
-        numbered = jnp.arange(_num(latents)), latents
-        if batch_size is None or batch_size >= _num(latents):
-            return jax.vmap(one)(numbered)
-        return jax.lax.map(one, numbered, batch_size=batch_size)
+        return over(one, (jnp.arange(_num(latents)), latents), batch_size)
 
     return compiled
 

@@ -7,6 +7,7 @@ import jax
 
 from vi_params._cache import program
 from vi_params._check import require_count, require_key
+from vi_params._over import over
 from vi_params._tree import pick
 from vi_params.guide import Guide
 from vi_params.importance.weigh import pick_draws, weigh
@@ -88,6 +89,6 @@ def _resample(
             latents = jax.tree.map(lambda leaf: leaf[index], weighted.latents)
             return {**latents, **target.deterministic(values, latents, data)}
 
-        return jax.vmap(one)(chosen)
+        return over(one, chosen, batch_size)
 
     return compiled

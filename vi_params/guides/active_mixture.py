@@ -26,7 +26,7 @@ from vi_params._check import explain, require_count
 from vi_params.guide import Draw, Guide, pick_own, sampler
 from vi_params.guides.location_scale import positive
 from vi_params.guides.mixture import Components, at_noise, component_of, log_terms, mixture_noise
-from vi_params.guides.starts import model_values, start_vector
+from vi_params.guides.starts import model_values, require_whole_plates, start_vector
 from vi_params.noise import Noise
 from vi_params.params import Param, constrain
 from vi_params.target import Target, flat
@@ -62,7 +62,7 @@ class Frame(NamedTuple):
         return self.loc + self.scale_tril @ (self.rotation @ y)
 
     def coordinates(self, u: jax.Array) -> jax.Array:
-        """Coordinates of u, shape (..., dim)."""
+        """Coordinates of u, shape (dim,), or of rows of them, shape (n, dim)."""
         centred = jnp.atleast_2d(u - self.loc).T
         y = self.rotation.T @ solve_triangular(self.scale_tril, centred, lower=True)
         return y.T.reshape(u.shape)
@@ -127,6 +127,7 @@ def active_mixture(
         (9,)
     """
     where = "guides.active_mixture"
+    require_whole_plates(target, f"vi.{where}")
     require_count(num_components, "num_components", where)
     require_count(num_active, "num_active", where)
     if df is not None:

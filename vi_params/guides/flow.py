@@ -62,7 +62,8 @@ def flow(
 
     For shapes that no Gaussian has (skew, bends, funnels) and where draws are cheap: fit it with
     tens to hundreds of particles and `vi.estimators.sticking_the_landing()` at a rate near 1e-3. It
-    starts as N(loc, C C'); parameters of a full-rank fit make it start there.
+    starts as N(loc, C C'); parameters of a full-rank fit make it start there. One coordinate alone
+    stays Gaussian: a coupling moves some coordinates as others say.
 
     Args:
         target: what to approximate.

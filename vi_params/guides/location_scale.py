@@ -6,13 +6,13 @@ u = loc + C x, x of a fixed distribution p about zero, and z = T(u) the constrai
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from vi_params._check import explain
+from vi_params._check import explain, require_positive
 from vi_params.guide import Draw, Guide, pick_own, sampler
 from vi_params.guides.starts import model_values
 from vi_params.noise import Noise, iid, whole_rows
@@ -128,13 +128,27 @@ def location_scale(
 
 def positive(init_scale: float) -> float:
     """The scale, checked."""
-    if not init_scale > 0:
-        raise ValueError(
-            explain(
-                "A scale starts at a positive number.",
-                expected="init_scale > 0",
-                received=repr(init_scale),
-                where="init_scale",
-            )
-        )
+    require_positive(init_scale, "init_scale", "guides")
     return init_scale
+
+
+def require_gaussian(own: Any, where: str) -> tuple[jax.Array, jax.Array]:
+    """The location and a triangle whose square is the covariance, of the constrained parameters of
+    `mean_field`, `full_rank` or `low_rank`."""
+    names = set(own) if isinstance(own, Mapping) else set()
+    if names == {"loc", "scale_tril"}:
+        return own["loc"], own["scale_tril"]
+    if names == {"loc", "scale"}:
+        return own["loc"], jnp.diag(own["scale"])
+    if names == {"loc", "scale", "factor"}:
+        scale = own["scale"]
+        factor = scale[:, None] * own["factor"]
+        return own["loc"], jnp.linalg.cholesky(jnp.diag(scale**2) + factor @ factor.T)
+    raise ValueError(
+        explain(
+            "A Gaussian approximation was expected.",
+            expected="one by vi.guides.mean_field, full_rank or low_rank, as the solvers return",
+            received=f"parameters {sorted(names)}" if names else type(own).__name__,
+            where=where,
+        )
+    )

@@ -14,10 +14,10 @@ import numpy as np
 from jax.scipy.special import gammaln, logsumexp
 from numpyro.distributions import constraints
 
-from vi_params._check import explain, require_count
+from vi_params._check import require_count
 from vi_params.guide import Draw, Guide, pick_own, sampler
 from vi_params.guides.location_scale import positive
-from vi_params.guides.starts import model_values, start_vector
+from vi_params.guides.starts import model_values, require_whole_plates, start_vector
 from vi_params.noise import Noise, iid
 from vi_params.params import Param, constrain
 from vi_params.target import Target, flat
@@ -76,6 +76,7 @@ def mixture(
         >>> guide.sample(params, jax.random.key(1)).latents["z"].shape
         (2,)
     """
+    require_whole_plates(target, "vi.guides.mixture")
     require_count(num_components, "num_components", "guides.mixture")
     if df is not None:
         require_count(df, "df", "guides.mixture")
@@ -166,10 +167,11 @@ def log_terms(components: Components, u: jax.Array, df: int | None) -> tuple[jax
     """The components' shares log [w_k q_k(u)] and squared distances |C_k^-1 (u - loc_k)|^2."""
     dim = u.shape[-1]
 
-    def one(loc: jax.Array, scale_tril: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # The inverse once a component: over many u a product is far cheaper than as many solves.
+    def inverse(scale_tril: jax.Array) -> jax.Array:
         identity = jnp.eye(dim, dtype=scale_tril.dtype)
-        inverse = jax.scipy.linalg.solve_triangular(scale_tril, identity, lower=True)
+        return jax.scipy.linalg.solve_triangular(scale_tril, identity, lower=True)
+
+    def one(loc: jax.Array, scale_tril: jax.Array, inverse: jax.Array) -> tuple:
         squared = jnp.sum((inverse @ (u - loc)) ** 2)
         log_det = jnp.sum(jnp.log(jnp.diagonal(scale_tril)))
         if df is None:
@@ -179,25 +181,12 @@ def log_terms(components: Components, u: jax.Array, df: int | None) -> tuple[jax
         )
         return constant - 0.5 * (df + dim) * jnp.log1p(squared / df) - log_det, squared
 
-    log_q, squared = jax.vmap(one)(components.locs, components.scale_trils)
+    # The inverse once a component: over many u a product is far cheaper than as many solves. One
+    # component after the other, so that the draws themselves may be side by side (`over`).
+    inverses = jax.lax.map(inverse, components.scale_trils)
+    log_q, squared = jax.vmap(one)(components.locs, components.scale_trils, inverses)
     positive = components.weights > 0
     log_weights = jnp.where(
         positive, jnp.log(jnp.where(positive, components.weights, 1.0)), -jnp.inf
     )
     return log_weights + log_q, squared
-
-
-def require_gaussian(own: Any, where: str) -> tuple[jax.Array, jax.Array]:
-    """(loc, scale_tril) of the constrained parameters of a Gaussian family."""
-    if isinstance(own, dict) and set(own) == {"loc", "scale"}:
-        return own["loc"], jnp.diag(own["scale"])
-    if isinstance(own, dict) and set(own) == {"loc", "scale_tril"}:
-        return own["loc"], own["scale_tril"]
-    raise ValueError(
-        explain(
-            "A Gaussian approximation was expected.",
-            expected="one by vi.guides.mean_field or full_rank, as the solvers return",
-            received=f"parameters {sorted(own) if isinstance(own, dict) else type(own).__name__}",
-            where=where,
-        )
-    )

@@ -38,6 +38,8 @@ def start_vector(target: Target, init: Any) -> Callable[[jax.Array], jax.Array]:
         require_names(
             list(init), list(target.latents), what="latents in init", where="init", complete=False
         )
+        # Copied: the caller may write into an array before the start is traced.
+        init = {n: x.copy() if isinstance(x, np.ndarray) else x for n, x in init.items()}
         for name, value in init.items():
             _require_inside(target.latents[name], value, f"init, latent {name!r}")
         return lambda key: ravel(_at_values(target, init, key))

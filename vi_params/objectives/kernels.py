@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vi_params._check import explain
+from vi_params._check import require_positive
 
 
 class Kernel(NamedTuple):
@@ -72,13 +72,6 @@ def negative_distance() -> Kernel:
 
 
 def _positive(bandwidth: float | None) -> float | None:
-    if bandwidth is not None and not bandwidth > 0:
-        raise ValueError(
-            explain(
-                "A bandwidth must be positive.",
-                expected="bandwidth > 0, or None for the median heuristic",
-                received=repr(bandwidth),
-                where="vi.kernels",
-            )
-        )
+    if bandwidth is not None:
+        require_positive(bandwidth, "bandwidth", "vi.kernels")
     return bandwidth

@@ -16,18 +16,19 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from vi_params._cache import program
-from vi_params._check import require_count, require_key
+from vi_params._check import explain, require_count, require_key
 from vi_params._compile import Quick
+from vi_params._over import over_lanes
 from vi_params.guide import Guide
 from vi_params.guides import mean_field
 from vi_params.matching import joint_declared
 from vi_params.noise import Noise, moment_matched, orthogonal
-from vi_params.objectives.objective import resolve
 from vi_params.params import constrain, init_params
 from vi_params.params.declare import Declared
 from vi_params.params.maps import abstract_params
 from vi_params.solvers.fixed_draws import Response, fixed_draws, units
 from vi_params.solvers.solution import Solution, SolverInfo
+from vi_params.solvers.start import data_of, lane_radii, nats
 from vi_params.solvers.trust_region import minimise
 from vi_params.target import Target, flat, whole
 
@@ -36,9 +37,6 @@ FEWEST = 32
 
 FULL_FRAME = 256
 """The largest dimension at which the default draws hold a whole orthogonal frame."""
-
-RADII = (1.0, 0.15, 0.5, 0.0)
-"""The starts of the lanes, as multiples of the family's start."""
 
 
 TRIES = 25
@@ -85,10 +83,10 @@ def deterministic(
         A `Solution` with a `vi.guides.mean_field` guide; `info.status` says how it ended.
 
     Raises:
-        ValueError: lanes, num_draws or max_steps < 1, an odd num_draws, or a start outside its
-            support.
+        ValueError: lanes, num_draws or max_steps < 1, an odd num_draws, tolerance <= 0, a start
+            outside its support, or data that are a batch of rows.
         KeyError: `init` or `data` hold unknown names, or `data` lack one.
-        TypeError: `key` is not a typed key.
+        TypeError: `key` is not a typed key, or `target` is no target.
 
     Example:
         >>> def log_density(values, latents, data):
@@ -99,9 +97,10 @@ def deterministic(
         >>> bool(jnp.allclose(values["loc"], 3.0)), bool(jnp.allclose(values["scale"], 2.0))
         (True, True)
     """
+    data = data_of(target, data)
     require_key(key, "solvers.deterministic")
     guide, solve = prepared(target, num_draws, noise, lanes, init, tolerance, max_steps, name)
-    return Solution(guide, *solve(key, resolve(target, data)))
+    return Solution(guide, *solve(key, data))
 
 
 def prepared(
@@ -122,8 +121,16 @@ def prepared(
     if num_draws is None:
         num_draws = max(FEWEST, 2 * dim) if dim <= FULL_FRAME else FEWEST
     require_count(num_draws, "num_draws", "solvers.deterministic")
-    if tolerance is None:
-        tolerance = 1e-6 if jnp.result_type(float) == jnp.float64 else 1e-5
+    if num_draws % 2:
+        raise ValueError(
+            explain(
+                "The fixed draws come in pairs.",
+                expected="an even num_draws",
+                received=str(num_draws),
+                where="solvers.deterministic",
+            )
+        )
+    tolerance = nats(tolerance, "solvers.deterministic")
     scheme = noise or (orthogonal() if dim <= FULL_FRAME else moment_matched())
     return program(
         _build, target, num_draws, lanes, tolerance, max_steps, name, alike=(scheme, init)
@@ -142,7 +149,7 @@ def _build(
 ) -> tuple[Guide, Quick]:
     guide = mean_field(target, init=init, name=name)
     layout = Layout(target, guide)
-    radii = jnp.array([RADII[i] if i < len(RADII) else 1.0 for i in range(lanes)])
+    radii = lane_radii(lanes)
     entropy = 0.5 * layout.dim * (1 + math.log(2 * math.pi))
 
     @Quick
@@ -152,13 +159,19 @@ def _build(
             layout.log_density(data), draws, lanes * layout.size(data), layout.num_model
         )
 
-        def lane(i: jax.Array, radius: jax.Array) -> Any:
+        def lane(at: tuple[jax.Array, jax.Array]) -> Any:
+            i, radius = at
             keys = jax.random.split(jax.random.fold_in(key, i), TRIES)
             starts = jax.vmap(lambda key: layout.vector(init_params(layout.declared, key)))(keys)
             starts = starts.at[:, : layout.dim].multiply(radius)
             return minimise(f, starts, layout.units, tolerance=tolerance, max_steps=max_steps)
 
-        found = jax.vmap(lane)(jnp.arange(lanes), radii)
+        found = over_lanes(
+            lane,
+            (jnp.arange(lanes), radii),
+            lambda x: layout.log_density(data)(x[: layout.dim], x[layout.dim :]),
+            jnp.zeros(layout.dim + layout.num_model),
+        )
         best = jnp.argmin(found.value)
         at_best = jax.tree.map(lambda leaf: leaf[best], found)
         elbos = jnp.where(jnp.isfinite(found.value), entropy - found.value, jnp.nan)
@@ -226,9 +239,3 @@ class Layout:
     def size(self, data: Any) -> int:
         """About how many numbers one evaluation of the log density handles."""
         return self.dim + self.num_model + sum(leaf.size for leaf in jax.tree.leaves(data))
-
-
-def own_name(solution: Solution) -> str:
-    """The name of the parameters of a solution's family."""
-    (name,) = solution.guide.declared
-    return name

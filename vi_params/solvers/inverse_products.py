@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.sparse.linalg import cg
 
-from vi_params._check import explain
+from vi_params._check import explain, require_instance
 from vi_params._over import divisor
 from vi_params.guides import mean_field
 from vi_params.solvers.curvature import along
-from vi_params.solvers.deterministic import Layout, own_name
+from vi_params.solvers.deterministic import Layout
 from vi_params.solvers.fixed_draws import BLOCK, loss
-from vi_params.solvers.solution import Solution, SolverStatus
+from vi_params.solvers.solution import Solution, SolverStatus, own_name
 from vi_params.target import Target
 
 TOLERANCE = 1e-3
@@ -87,9 +87,10 @@ def inverse_products(
 
 def standard_error(moved: jax.Array, num_pairs: int) -> jax.Array:
     """The standard error of the mean over all pairs, from what some of them move, shape (some, k),
-    without its mean."""
-    variance = jnp.sum(moved**2, axis=0) / max(len(moved) - 1, 1)
-    return jnp.sqrt(variance / num_pairs)
+    without its mean; NaN where one pair tells nothing of it."""
+    if len(moved) < 2:
+        return jnp.full(moved.shape[1], jnp.nan, moved.dtype)
+    return jnp.sqrt(jnp.sum(moved**2, axis=0) / (len(moved) - 1) / num_pairs)
 
 
 def judged(status: jax.Array, definite: jax.Array, residual: jax.Array) -> jax.Array:
@@ -100,7 +101,8 @@ def judged(status: jax.Array, definite: jax.Array, residual: jax.Array) -> jax.A
 
 def require_mean_field(solution: Solution, where: str) -> str:
     """The name of the family of a mean-field solution at antithetic draws."""
-    name = own_name(solution)
+    require_instance(solution, Solution, "vi.solvers.deterministic(...)", where)
+    name = own_name(solution.guide, where)
     fixed = len(solution.noise)
     if set(solution.params[name]) != {"loc", "scale"} or fixed == 0 or fixed % 2:
         raise ValueError(

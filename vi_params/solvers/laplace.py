@@ -20,21 +20,20 @@ from jax.flatten_util import ravel_pytree
 from vi_params._cache import program
 from vi_params._check import require_count, require_key
 from vi_params._compile import Quick
+from vi_params._over import over_lanes
 from vi_params.guide import Guide
 from vi_params.guides import full_rank
 from vi_params.guides.starts import start_vector
 from vi_params.params import init_params, unconstrain
+from vi_params.params.maps import abstract_params
 from vi_params.solvers.curvature import along
 from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus
-from vi_params.solvers.start import data_of, first_finite, log_density
+from vi_params.solvers.start import data_of, first_finite, lane_radii, log_density, nats
 from vi_params.solvers.trust_region import Minimum, matrix_free, minimise
 from vi_params.target import Target, flat
 
 AT_ONCE = 32
 """How many columns of the Hessian are computed side by side."""
-
-RADII = (1.0, 0.15, 0.5, 0.0)
-"""The starts of the lanes, as multiples of the family's start."""
 
 
 class Curvature(NamedTuple):
@@ -89,7 +88,7 @@ def laplace(
         the covariance is diagonal.
 
     Raises:
-        ValueError: lanes or max_steps < 1, or a start outside its support.
+        ValueError: lanes or max_steps < 1, tolerance <= 0, or a start outside its support.
         KeyError: `init` or `data` hold unknown names, or `data` lack one.
         TypeError: `key` is not a typed key.
 
@@ -107,8 +106,7 @@ def laplace(
     require_key(key, "solvers.laplace")
     require_count(lanes, "lanes", "solvers.laplace")
     require_count(max_steps, "max_steps", "solvers.laplace")
-    if tolerance is None:
-        tolerance = 1e-6 if jnp.result_type(float) == jnp.float64 else 1e-5
+    tolerance = nats(tolerance, "solvers.laplace")
     guide, solve = program(_build, target, lanes, tolerance, max_steps, name, alike=(init,))
     params, info = solve(key, data)
     return Solution(guide, params, info, jnp.zeros((0, flat(target).dim)))
@@ -120,7 +118,7 @@ def _build(
     guide = full_rank(target, init=init, name=name)
     dim = flat(target).dim
     density, begin = log_density(target), start_vector(target, init)
-    radii = jnp.array([RADII[i] if i < len(RADII) else 1.0 for i in range(lanes)])
+    radii = lane_radii(lanes)
 
     def mode(starts: jax.Array, model: Any, data: Any) -> Minimum:
         def loss(u: jax.Array) -> jax.Array:
@@ -190,7 +188,12 @@ def _build(
     @Quick
     def solve(key: jax.Array, data: Any) -> tuple[Any, SolverInfo]:
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(lanes))
-        params, evidence, status, steps = jax.vmap(lane, (0, 0, None))(keys, radii, data)
+        params, evidence, status, steps = over_lanes(
+            lambda at: lane(at[0], at[1], data),
+            (keys, radii),
+            lambda x: density(x[1], x[0], data),
+            (abstract_params(target.declared), jnp.zeros(dim)),
+        )
         known = jnp.isfinite(evidence) & (status != SolverStatus.INVALID_START)
         # A converged lane before one that is not, then the larger evidence.
         rank = jnp.where(known, evidence, -jnp.inf)

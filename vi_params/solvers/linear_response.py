@@ -20,7 +20,6 @@ from vi_params._over import divisor, over
 from vi_params.guide import Guide
 from vi_params.guides import full_rank, mean_field
 from vi_params.guides.low_rank import checked_rank
-from vi_params.objectives.objective import resolve
 from vi_params.params import unconstrain
 from vi_params.solvers.curvature import along
 from vi_params.solvers.deterministic import Layout
@@ -28,6 +27,7 @@ from vi_params.solvers.fixed_draws import BLOCK, Response, exists, expansion, lo
 from vi_params.solvers.inverse_products import require_mean_field, standard_error
 from vi_params.solvers.low_rank_response import build_low_rank
 from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus
+from vi_params.solvers.start import data_of
 from vi_params.target import Target, flat, whole
 
 HESSIANS = 2**24
@@ -48,7 +48,8 @@ def linear_response(
     Args:
         target: the target that was approximated.
         solution: what `vi.solvers.deterministic` gave for it.
-        data: the data of that solution; the target's own where None.
+        data: the data of that solution; the target's own where None. (A solution that brings its
+            `response` was expanded at them already.)
         rank: None for all covariances; a number for the covariance D (c I + V diag(l) V') D of
             that many directions V, the ones along which mean-field is most too narrow.
 
@@ -74,17 +75,16 @@ def linear_response(
         True
     """
     name = require_mean_field(solution, "linear_response")
-    target = whole(target)
+    data, target = data_of(target, data), whole(target)
     if rank is not None:
         rank = checked_rank(rank, flat(target).dim, "linear_response")
         guide, respond = program(build_low_rank, target, name, rank)
-        data = resolve(target, data)
         params, info = respond(solution.params, solution.info, solution.noise, data)
         return Solution(guide, params, info, solution.noise)
     guide, expand, respond = prepared(target, name)
     response = solution.response
     if response is None:
-        response = expand(solution.params, solution.noise, resolve(target, data))
+        response = expand(solution.params, solution.noise, data)
     params, info = respond(solution.params, solution.info, response)
     return Solution(guide, params, info, solution.noise)
 
@@ -140,7 +140,8 @@ def _build(target: Target, name: str) -> tuple[Guide, Quick, Quick]:
         covariance, location = inverse[:dim, :dim], inverse[:dim]
         scale_tril = jnp.linalg.cholesky(0.5 * (covariance + covariance.T))
 
-        # The loss is the mean over pairs of independent draws of a pair's own loss.
+        # The loss is a mean over pairs of draws, which count as independent of each other here:
+        # orthogonal ones are a little better than that.
         scores = unit * response.scores
         moved = (scores - scores.mean(0)) @ location.T
         error = standard_error(moved, len(scores))

@@ -11,11 +11,12 @@ from vi_params._check import explain, require_count, require_instance, require_k
 from vi_params._compile import Quick
 from vi_params.guide import Guide
 from vi_params.guides import mixture
-from vi_params.guides.mixture import Components, require_gaussian
-from vi_params.importance import weigh
-from vi_params.objectives.objective import resolve
+from vi_params.guides.location_scale import require_gaussian
+from vi_params.guides.mixture import Components
+from vi_params.importance import at_once, weigh
 from vi_params.params import constrain, unconstrain
-from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus
+from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus, own_name
+from vi_params.solvers.start import data_of
 from vi_params.target import Target
 
 
@@ -31,8 +32,7 @@ def merge(
     """A mixture of Gaussian approximations, weighted by the evidence that each accounts for.
 
     For approximations of different modes: the weight of each is its Pareto-smoothed importance
-    estimate of the evidence. Two of one mode share its weight only if one of them is left out: keep
-    those that are distinct.
+    estimate of the evidence. Two of one mode count its mass twice: leave all but one of them out.
 
     Args:
         target: what was approximated.
@@ -64,6 +64,7 @@ def merge(
         >>> bool(jnp.allclose(weights, jnp.array([0.25, 0.75]), atol=0.01))
         True
     """
+    data = data_of(target, data)
     require_key(key, "merge")
     require_count(num_draws, "num_draws", "merge", least=25)
     if not solutions:
@@ -80,7 +81,7 @@ def merge(
     guides = tuple(solution.guide for solution in solutions)
     guide, join = program(_build, target, name, num_draws, *guides)
     params = tuple(solution.params for solution in solutions)
-    merged, info = join(params, key, resolve(target, data))
+    merged, info = join(params, key, data)
     return Solution(guide, merged, info, jnp.zeros((0, 0)))
 
 
@@ -92,9 +93,10 @@ def _build(target: Target, name: str, num_draws: int, *guides: Guide) -> tuple[G
         keys = jax.random.split(key, len(guides))
         log_evidences, parts = [], []
         for one, params, key in zip(guides, all_params, keys, strict=True):
-            drawn = weigh(target, one, params, one.noise(key, num_draws), data, nan_is_outside=True)
+            noise, size = one.noise(key, num_draws), at_once(num_draws, target, data)
+            drawn = weigh(target, one, params, noise, data, size, nan_is_outside=True)
             log_evidences.append(drawn.smoothed.log_evidence)
-            (own,) = one.declared
+            own = own_name(one, "merge")
             values = constrain(one.declared, {own: params[own]})[own]
             parts.append(require_gaussian(values, "merge"))
         found = jnp.stack(log_evidences)

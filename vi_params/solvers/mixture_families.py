@@ -16,8 +16,9 @@ from vi_params._tree import all_finite, where_tree
 from vi_params.guide import Guide
 from vi_params.guides import active_mixture, mixture
 from vi_params.guides.active_mixture import Across, Frame, Parts, parts_of
-from vi_params.guides.mixture import Components, log_terms, require_gaussian
-from vi_params.importance import Smoothed, Weighted, pick_draws
+from vi_params.guides.location_scale import require_gaussian
+from vi_params.guides.mixture import Components, log_terms
+from vi_params.importance import Smoothed, Weighted, at_once, pick_draws
 from vi_params.params import constrain, unconstrain
 from vi_params.solvers.weighted_em import PRIOR
 from vi_params.target import Target, flat
@@ -26,9 +27,10 @@ SPREAD = 0.8
 """The first scales of the components, in scales of the approximation they start from."""
 
 GUARD, WIDE = 0.1, 2.0
-"""The weight of the guard, and its scales in standard deviations of the weighted draws."""
+"""The weight of the guard, and its scales in standard deviations of the weighted draws, where it
+is wider (across active directions it has their own)."""
 
-GRADIENTS, AT_ONCE = 1000, 100
+GRADIENTS, SIDE_BY_SIDE = 1000, 100
 """From how many gradients the active directions are found, and how many are computed at once."""
 
 
@@ -146,7 +148,7 @@ def active_directions(
     identity = jnp.eye(loc.size, dtype=loc.dtype)
     frame = Frame(loc, scale_tril, identity)
     z = frame.coordinates(drawn.position[:GRADIENTS])
-    g = over(gradient, z, AT_ONCE)
+    g = over(gradient, z, min(SIDE_BY_SIDE, at_once(len(z), target, data)))
     usable = jnp.all(jnp.isfinite(g), axis=1)
     weights = jnp.where(usable, jnp.exp(drawn.smoothed.log_weights[:GRADIENTS]), 0.0)
     g = jnp.where(usable[:, None], g, 0.0)

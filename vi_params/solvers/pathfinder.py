@@ -16,6 +16,7 @@ from jax import lax
 from vi_params._cache import program
 from vi_params._check import require_count, require_key
 from vi_params._compile import Quick
+from vi_params._over import over, over_lanes
 from vi_params._tree import all_finite
 from vi_params.guide import Guide
 from vi_params.guides import full_rank
@@ -174,12 +175,17 @@ def _build(
             trace.status,
         )
         found = (best.loc, scale_tril, best.elbo, best.step, trace.steps, status)
-        return found, z, jax.vmap(log_p)(z)
+        return found, z, over(log_p, z)
 
     @Quick
     def solve(key: jax.Array, model: Any, data: Any) -> tuple[Any, SolverInfo]:
         keys = jax.random.split(key, paths)
-        found, z, log_p = jax.vmap(path, (0, None, None))(keys, model, data)
+        found, z, log_p = over_lanes(
+            lambda key: path(key, model, data),
+            keys,
+            lambda u: density(u, model, data),
+            jnp.zeros(flat(target).dim),
+        )
         loc, scale_tril, elbo, at, steps, status = found
         z, log_p = z.reshape(-1, z.shape[-1]), log_p.reshape(-1)
         log_q = jax.vmap(lambda loc, root: _log_normal(z, loc, root))(loc, scale_tril)
@@ -256,7 +262,7 @@ def along(trace: Trace, log_p: Callable[[jax.Array], jax.Array], e: jax.Array) -
         loc = x - c.times(c.transposed(slope))
         z = loc + jax.vmap(c.times)(e)
         log_q = -0.5 * jnp.sum(e**2, axis=1) - constant - c.log_det()
-        elbo = jnp.mean(jax.vmap(log_p)(z) - log_q)
+        elbo = jnp.mean(over(log_p, z) - log_q)
         elbo = jnp.where(jnp.isfinite(elbo), elbo, -jnp.inf)
         new = Normal(loc, c, elbo, i)
         best = jax.tree.map(lambda a, b: jnp.where(elbo > best.elbo, a, b), new, best)

@@ -2,7 +2,8 @@
 
 Each round draws u_i from the current mixture, weights it by w_i = p(u_i) / q(u_i), Pareto-smoothed,
 and moves the mixture by a few sweeps of the weighted EM algorithm (`weighted_em`), which lowers the
-forward divergence KL(p || q) as far as the draws show it. Cappe, Douc, Guillin, Marin and Robert
+forward divergence KL(p || q) as far as the draws show it, but for a guard of fixed weight
+(`mixture_families`) and the shrinkage that few draws need. Cappe, Douc, Guillin, Marin and Robert
 (2008), Adaptive importance sampling in general mixture classes, Statistics and Computing 18,
 section 3 (Student-t components as there, section 4).
 """
@@ -20,9 +21,9 @@ from vi_params._tree import where_tree
 from vi_params.guide import Guide
 from vi_params.guides.active_mixture import Parts
 from vi_params.importance import Weighted, at_once, weigh
-from vi_params.objectives.objective import resolve
 from vi_params.solvers.mixture_families import along_few, everywhere, with_guard
-from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus
+from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus, own_name
+from vi_params.solvers.start import data_of
 from vi_params.solvers.weighted_em import weighted_em
 from vi_params.target import Target
 
@@ -82,8 +83,10 @@ def population_monte_carlo(
         >>> bool(vi.diagnose(target, found.guide, found.params, jax.random.key(2)).k_hat < 0.7)
         True
     """
+    data = data_of(target, data)
     require_key(key, "solvers.population_monte_carlo")
     require_instance(init, Solution, "vi.solvers.deterministic(target, key)", "init")
+    own_name(init.guide, "population_monte_carlo, init")
     for name, count, least in [
         ("num_components", num_components, 1),
         ("df", df, 1),
@@ -93,7 +96,7 @@ def population_monte_carlo(
         require_count(count, name, "solvers.population_monte_carlo", least=least)
     rounds = population(target, init.guide, num_components, df, num_draws, num_active)
     solve = program(_build, rounds, max_steps)
-    params, info = solve(init.params, key, resolve(target, data))
+    params, info = solve(init.params, key, data)
     return Solution(rounds.guide, params, info, jnp.zeros((0, 0)))
 
 
@@ -189,7 +192,7 @@ def _build(rounds: Population, max_steps: int) -> Any:
             i, params, drawn, best, best_drawn = carry
             params = rounds.refit(params, drawn)
             drawn = rounds.draw(params, keys[i + 2], data)
-            better = ~(drawn.smoothed.k_hat >= best_drawn.smoothed.k_hat)
+            better = drawn.smoothed.k_hat < best_drawn.smoothed.k_hat  # never where it is NaN
             best, best_drawn = where_tree(better, (params, drawn), (best, best_drawn))
             return i + 1, params, drawn, best, best_drawn
 

@@ -12,7 +12,6 @@ from vi_params._check import explain
 from vi_params._compile import Quick
 from vi_params._over import over
 from vi_params._tree import pick
-from vi_params.objectives.objective import resolve
 from vi_params.params import constrain
 from vi_params.solvers.fixed_draws import split
 from vi_params.solvers.inverse_products import (
@@ -22,6 +21,7 @@ from vi_params.solvers.inverse_products import (
     standard_error,
 )
 from vi_params.solvers.solution import Solution
+from vi_params.solvers.start import data_of
 from vi_params.target import Target, flat, whole
 
 
@@ -86,9 +86,9 @@ def quantity_response(
         True
     """
     name = require_mean_field(solution, "quantity_response")
-    target = whole(target)
+    data, target = data_of(target, data), whole(target)
     respond = program(_build, target, name, alike=(quantity,))
-    return respond(solution.params, solution.info.status, solution.noise, resolve(target, data))
+    return respond(solution.params, solution.info.status, solution.noise, data)
 
 
 def _build(target: Target, name: str, quantity: Any) -> Any:

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from vi_params._over import over
 from vi_params._tree import all_finite, where_tree
 from vi_params.solvers.score_updates import Rule
 from vi_params.solvers.solution import SolverStatus
@@ -129,12 +130,11 @@ def match_scores(
     dtype = start.loc.dtype
     first = rule.deviation(start)
     largest = 1e3 if dtype == jnp.float64 else 1e2
-    slope = jax.vmap(jax.value_and_grad(density))
 
     def body(loop: Loop) -> Loop:
         e = jax.random.normal(jax.random.fold_in(key, loop.steps), (batch, dim), dtype)
         q = loop.pending
-        value, g = slope(jax.vmap(rule.position, (None, 0))(q, e))
+        value, g = over(jax.value_and_grad(density), jax.vmap(rule.position, (None, 0))(q, e))
         r = e + jax.vmap(rule.pull_back, (None, 0))(q, g)
         squares = jnp.mean(r**2, axis=1)
         residual, typical = jnp.mean(squares), jnp.median(squares)

@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from vi_params._cache import program
-from vi_params._check import explain, require_count, require_key
+from vi_params._check import require_count, require_key, require_positive
 from vi_params._compile import Quick
+from vi_params._over import over_lanes
 from vi_params.guide import Guide
 from vi_params.guides.starts import start_vector
 from vi_params.noise import moment_matched
 from vi_params.params import unconstrain
 from vi_params.solvers.fixed_draws import fixed_draws, units
-from vi_params.solvers.laplace import RADII, curvature
+from vi_params.solvers.laplace import curvature
 from vi_params.solvers.score_loop import Matching, match_scores
 from vi_params.solvers.score_updates import Dense, LowRank, Rule, factor_analysis
 from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus
@@ -25,11 +26,15 @@ from vi_params.solvers.start import (
     first_finite,
     given_gaussian,
     is_gaussian,
+    lane_radii,
     log_density,
     require_model,
 )
 from vi_params.solvers.trust_region import minimise
 from vi_params.target import Target, flat
+
+FIRST_LANES = 4
+"""From how many points the first Gaussian is looked for."""
 
 FIRST_STEPS = 100
 """How many Newton steps lead from a point to the first Gaussian at most."""
@@ -72,15 +77,7 @@ def solve_scores(
         batch = max(64, min(2 * dim, 512))
     require_count(batch, "batch", where, least=2)
     require_count(max_steps, "max_steps", where)
-    if not tolerance > 0:
-        raise ValueError(
-            explain(
-                "The tolerance is a standard error to reach.",
-                expected="tolerance > 0",
-                received=repr(tolerance),
-                where=where,
-            )
-        )
+    require_positive(tolerance, "tolerance", where)
     given, init = first_given(target, init, where)
     guide, solve = program(_build, target, batch, tolerance, max_steps, name, alike=(form, init))
     params, info = solve(key, given, data)
@@ -89,7 +86,7 @@ def solve_scores(
 
 def first_given(target: Target, init: Any, where: str) -> tuple[Given | None, Any]:
     """The Gaussian that `init` gives, if it does, and what it says of a point otherwise."""
-    if is_gaussian(init):
+    if is_gaussian(target, init):
         return given_gaussian(target, init, where), None
     require_model(target, {}, where)
     return None, init
@@ -128,7 +125,7 @@ def _build(
             steps=end.steps,
             lane_elbos=jnp.where(known, end.elbo, jnp.nan)[None],
             lane_statuses=end.status[None],
-            sampling_error=jnp.max(jnp.sqrt(end.variance[0])),
+            sampling_error=jnp.where(known, jnp.max(jnp.sqrt(end.variance[0])), jnp.nan),
             details=Matching(end.residual, end.steps * batch, end.refused[1]),
         )
         return {**first.model, **own}, info
@@ -149,12 +146,13 @@ def gaussian_start(target: Target, init: Any) -> Callable[[jax.Array, Any], Give
             return -density(u, {}, data)
 
         size = dim + sum(leaf.size for leaf in jax.tree.leaves(data))
-        draws = moment_matched().draw(jax.random.fold_in(key, len(RADII)), FIRST_DRAWS, dim)
+        draws = moment_matched().draw(jax.random.fold_in(key, FIRST_LANES), FIRST_DRAWS, dim)
         free_energy = fixed_draws(
-            lambda u, theta: density(u, {}, data), draws, len(RADII) * size, num_model=0
+            lambda u, theta: density(u, {}, data), draws, FIRST_LANES * size, num_model=0
         )
 
-        def lane(i: jax.Array, radius: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def lane(at: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            i, radius = at
             u = first_finite(
                 lambda u: -loss(u), lambda key: radius * begin(key), jax.random.fold_in(key, i)
             )
@@ -171,7 +169,8 @@ def gaussian_start(target: Target, init: Any) -> Callable[[jax.Array, Any], Give
             loc = jnp.where(jnp.isfinite(found.value), found.x[:dim], u)
             return loc, jnp.stack([1.0 * settled, rank])
 
-        locs, ranks = jax.vmap(lane)(jnp.arange(len(RADII)), jnp.array(RADII))
+        starts = jnp.arange(FIRST_LANES), lane_radii(FIRST_LANES)
+        locs, ranks = over_lanes(lane, starts, loss, jnp.zeros(dim))
         loc = locs[jnp.lexsort((ranks[:, 1], ranks[:, 0]))[-1]]
         return Given(loc, curvature(loss, loc).scale_tril, {})
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from vi_params._check import explain
 from vi_params.guide import Guide
 
 
@@ -34,12 +35,30 @@ MESSAGES = {
 }
 
 
+def own_name(guide: Guide, where: str) -> str:
+    """The name of the parameters of a guide that has one family of them.
+
+    Raises:
+        ValueError: it has none, or several.
+    """
+    if len(guide.declared) != 1:
+        raise ValueError(
+            explain(
+                "A guide of one family was expected.",
+                expected="one by vi.guides, as the solvers return",
+                received=f"a guide with parameters {sorted(guide.declared)}",
+                where=where,
+            )
+        )
+    return next(iter(guide.declared))
+
+
 class SolverInfo(NamedTuple):
     """How a solver got on.
 
     Attributes:
         status: a `SolverStatus`.
-        elbo: the ELBO at the solver's own draws, in nats; of `laplace`, its log evidence.
+        elbo: the ELBO at the solver's own draws, in nats; of `laplace` and `merge`, a log evidence.
         steps: how many steps the best lane took.
         lane_elbos: the ELBO each lane ended at, shape (lanes,); NaN where its start was invalid.
         lane_statuses: the `SolverStatus` of each lane, shape (lanes,).

@@ -7,12 +7,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from vi_params._check import explain, require_instance, require_names
+from vi_params._check import explain, require_instance, require_names, require_positive
 from vi_params._tree import all_finite, is_traced, pick
+from vi_params.batches import Batch
+from vi_params.guides.location_scale import require_gaussian
 from vi_params.objectives.objective import resolve
 from vi_params.params import constrain
 from vi_params.solvers.solution import Solution
 from vi_params.target import Target, flat
+
+RADII = (1.0, 0.15, 0.5, 0.0)
+"""The starts of the first lanes, as multiples of the family's start."""
 
 TRIES = 100
 """How many starts are drawn until one has a finite density and gradient."""
@@ -33,9 +38,41 @@ class Given(NamedTuple):
 
 
 def data_of(target: Target, data: Any) -> Any:
-    """The data to use: those given, checked and as strongly typed arrays, or the target's own."""
+    """The data to use: those given, checked and as strongly typed arrays, or the target's own.
+
+    Raises:
+        TypeError: `target` is no target.
+        ValueError: the data are a batch of rows; solvers take all of them.
+    """
     require_instance(target, Target, "vi.target or vi.from_numpyro", "target")
+    sizes = {plate: (n, target.plates[plate]) for plate, n in target.streamed.items()}
+    batches = {plate: f"{n} of {all_} rows" for plate, (n, all_) in sizes.items() if n < all_}
+    if isinstance(data, Batch):
+        batches = {plate: f"{jnp.size(rows)} rows" for plate, rows in data.index.items()}
+    if batches:
+        raise ValueError(
+            explain(
+                "This takes all data at once: a posterior of a few rows would be too wide.",
+                expected="a target built from all rows, and data that are no batch",
+                received=", ".join(f"plate {plate!r}: {n}" for plate, n in batches.items()),
+                where="data",
+                hint="vi.fit learns from batches",
+            )
+        )
     return resolve(target, data)
+
+
+def lane_radii(lanes: int) -> jax.Array:
+    """How far from zero each lane starts, as a multiple of the family's start."""
+    return jnp.array([RADII[i] if i < len(RADII) else 1.0 for i in range(lanes)])
+
+
+def nats(tolerance: float | None, where: str) -> float:
+    """The promise of a Newton step below which a solver stops: by default what dtypes resolve."""
+    if tolerance is None:
+        return 1e-6 if jnp.result_type(float) == jnp.float64 else 1e-5
+    require_positive(tolerance, "tolerance", where)
+    return tolerance
 
 
 def log_density(target: Target) -> Callable[[jax.Array, Any, Any], jax.Array]:
@@ -71,9 +108,11 @@ def first_finite(
     )[1]
 
 
-def is_gaussian(init: Any) -> bool:
+def is_gaussian(target: Target, init: Any) -> bool:
     """Whether `init` gives a Gaussian to start from, rather than a point or a strategy."""
-    return isinstance(init, Solution) or (isinstance(init, Mapping) and "loc" in init)
+    if isinstance(init, Mapping):
+        return "loc" in init and not set(init) <= set(target.latents)
+    return isinstance(init, Solution)
 
 
 def given_gaussian(target: Target, init: Any, where: str) -> Given:
@@ -107,7 +146,7 @@ def given_gaussian(target: Target, init: Any, where: str) -> Given:
     known = {"loc"} | scale | ({"factor"} if scale == {"scale"} and "factor" in own else set())
     require_names(sorted(own), sorted(known), what="parameters of a Gaussian", where=where)
     require_model(target, model, where)
-    given = Given(own["loc"], _triangle(own), model)
+    given = Given(*require_gaussian(own, where), model)
     dim = flat(target).dim
     shapes = (jnp.shape(given.loc), jnp.shape(given.scale_tril))
     if shapes != ((dim,), (dim, dim)):
@@ -124,9 +163,11 @@ def given_gaussian(target: Target, init: Any, where: str) -> Given:
         raise ValueError(
             explain(
                 "The Gaussian to start from is not one.",
-                expected="finite numbers, positive scales",
-                received="a scale that is not positive, or a number that is not finite",
+                expected="finite numbers, positive scales, scale_tril a lower triangle",
+                received="a scale that is not positive, a number that is not finite, or one above "
+                "the diagonal",
                 where=where,
+                hint="of a covariance take jnp.linalg.cholesky",
             )
         )
     return given
@@ -147,19 +188,10 @@ def require_model(target: Target, model: Any, where: str) -> None:
         )
 
 
-def _triangle(own: Any) -> jax.Array:
-    if "scale_tril" in own:
-        return own["scale_tril"]
-    scale = own["scale"]
-    if "factor" not in own:
-        return jnp.diag(scale)
-    factor = scale[:, None] * own["factor"]
-    return jnp.linalg.cholesky(jnp.diag(scale**2) + factor @ factor.T)
-
-
 def _usable(given: Given) -> jax.Array:
-    diagonal = jnp.diagonal(given.scale_tril)
-    return all_finite(given.loc, given.scale_tril) & jnp.all(diagonal > 0)
+    root = given.scale_tril
+    is_lower = jnp.all(root == jnp.tril(root))
+    return all_finite(given.loc, root) & jnp.all(jnp.diagonal(root) > 0) & is_lower
 
 
 def model_from(target: Target, init: Any, where: str) -> tuple[Any, Any]:

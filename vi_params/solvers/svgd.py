@@ -16,8 +16,9 @@ import optax
 from jax import lax
 
 from vi_params._cache import program
-from vi_params._check import explain, require_count, require_instance, require_key
+from vi_params._check import require_count, require_instance, require_key, require_positive
 from vi_params._compile import Quick
+from vi_params._over import over
 from vi_params._tree import all_finite
 from vi_params.params import constrain
 from vi_params.solvers.score_solver import first_given, gaussian_start
@@ -153,15 +154,7 @@ def svgd(
     require_instance(kernel, Kernel, "vi.solvers.rbf()", f"{where}, kernel")
     if optimizer is None:
         optimizer = optax.adam(optax.cosine_decay_schedule(0.1, max_steps))
-    if not tolerance > 0:
-        raise ValueError(
-            explain(
-                "The tolerance is a size of phi to reach.",
-                expected="tolerance > 0",
-                received=repr(tolerance),
-                where=where,
-            )
-        )
+    require_positive(tolerance, "tolerance", where)
     given, init = first_given(target, init, where)
     solve = program(
         _build, target, num_particles, tolerance, max_steps, alike=(kernel, optimizer, init)
@@ -211,7 +204,8 @@ def _build(
         def log_p(x: jax.Array) -> jax.Array:
             return density(first.loc + first.scale_tril @ x, first.model, data)
 
-        scores = jax.vmap(jax.value_and_grad(log_p))
+        def scores(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return over(jax.value_and_grad(log_p), x)
 
         def body(carry: tuple) -> tuple:
             x, state, steps, _, _ = carry
@@ -238,7 +232,7 @@ def _build(
         positions = first.loc + x @ first.scale_tril.T
         values = constrain(target.declared, first.model)
         return Particles(
-            jax.vmap(lambda u: flat_target.constrain(u, values, data))(positions),
+            over(lambda u: flat_target.constrain(u, values, data), positions),
             positions,
             first.model,
             jnp.where(status < 0, SolverStatus.MAX_STEPS, status).astype(jnp.int32),
@@ -250,13 +244,6 @@ def _build(
 
 
 def _positive(bandwidth: float | None) -> float | None:
-    if bandwidth is not None and not bandwidth > 0:
-        raise ValueError(
-            explain(
-                "A bandwidth divides squared distances.",
-                expected="bandwidth > 0, or None for the median heuristic",
-                received=repr(bandwidth),
-                where="kernel",
-            )
-        )
+    if bandwidth is not None:
+        require_positive(bandwidth, "bandwidth", "vi.solvers, kernel")
     return bandwidth
