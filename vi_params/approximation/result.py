@@ -178,7 +178,9 @@ def _judge(target: Target, guide: Guide, num_draws: int) -> Quick:
         found = weigh(target, guide, params, noise, data, size, nan_is_outside=True)
         return found, judged(guide, found)
 
-    return Quick(weighted, options={})
+    # A program of many numbers runs long enough for XLA's optimisations to pay.
+    is_short = at_once(num_draws, target, target.data) == num_draws
+    return Quick(weighted) if is_short else Quick(weighted, options={})
 
 
 def _resampled(key: jax.Array, log_weights: jax.Array) -> np.ndarray:

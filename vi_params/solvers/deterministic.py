@@ -166,12 +166,7 @@ def _build(
             starts = starts.at[:, : layout.dim].multiply(radius)
             return minimise(f, starts, layout.units, tolerance=tolerance, max_steps=max_steps)
 
-        found = over_lanes(
-            lane,
-            (jnp.arange(lanes), radii),
-            lambda x: layout.log_density(data)(x[: layout.dim], x[layout.dim :]),
-            jnp.zeros(layout.dim + layout.num_model),
-        )
+        found = over_lanes(lane, (jnp.arange(lanes), radii))
         best = jnp.argmin(found.value)
         at_best = jax.tree.map(lambda leaf: leaf[best], found)
         elbos = jnp.where(jnp.isfinite(found.value), entropy - found.value, jnp.nan)

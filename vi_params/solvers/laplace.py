@@ -25,7 +25,6 @@ from vi_params.guide import Guide
 from vi_params.guides import full_rank
 from vi_params.guides.starts import start_vector
 from vi_params.params import init_params, unconstrain
-from vi_params.params.maps import abstract_params
 from vi_params.solvers.curvature import along
 from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus
 from vi_params.solvers.start import data_of, first_finite, lane_radii, log_density, nats
@@ -188,12 +187,8 @@ def _build(
     @Quick
     def solve(key: jax.Array, data: Any) -> tuple[Any, SolverInfo]:
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(lanes))
-        params, evidence, status, steps = over_lanes(
-            lambda at: lane(at[0], at[1], data),
-            (keys, radii),
-            lambda x: density(x[1], x[0], data),
-            (abstract_params(target.declared), jnp.zeros(dim)),
-        )
+        found = over_lanes(lambda at: lane(at[0], at[1], data), (keys, radii))
+        params, evidence, status, steps = found
         known = jnp.isfinite(evidence) & (status != SolverStatus.INVALID_START)
         # A converged lane before one that is not, then the larger evidence.
         rank = jnp.where(known, evidence, -jnp.inf)

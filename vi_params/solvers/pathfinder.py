@@ -180,12 +180,7 @@ def _build(
     @Quick
     def solve(key: jax.Array, model: Any, data: Any) -> tuple[Any, SolverInfo]:
         keys = jax.random.split(key, paths)
-        found, z, log_p = over_lanes(
-            lambda key: path(key, model, data),
-            keys,
-            lambda u: density(u, model, data),
-            jnp.zeros(flat(target).dim),
-        )
+        found, z, log_p = over_lanes(lambda key: path(key, model, data), keys)
         loc, scale_tril, elbo, at, steps, status = found
         z, log_p = z.reshape(-1, z.shape[-1]), log_p.reshape(-1)
         log_q = jax.vmap(lambda loc, root: _log_normal(z, loc, root))(loc, scale_tril)

@@ -170,7 +170,7 @@ def gaussian_start(target: Target, init: Any) -> Callable[[jax.Array, Any], Give
             return loc, jnp.stack([1.0 * settled, rank])
 
         starts = jnp.arange(FIRST_LANES), lane_radii(FIRST_LANES)
-        locs, ranks = over_lanes(lane, starts, loss, jnp.zeros(dim))
+        locs, ranks = over_lanes(lane, starts)
         loc = locs[jnp.lexsort((ranks[:, 1], ranks[:, 0]))[-1]]
         return Given(loc, curvature(loss, loc).scale_tril, {})
 
