@@ -13,6 +13,9 @@ import vi_params as vi
 from vi_params.guides.active_mixture import Across, Parts
 from vi_params.guides.mixture import Components
 from vi_params.importance import pick_draws
+from vi_params.solvers.linear_response import gradients
+from vi_params.solvers.population_monte_carlo import population
+from vi_params.solvers.solution import Slopes
 from vi_params.solvers.weighted_em import weighted_em
 
 KEY = jax.random.key(0)
@@ -185,6 +188,32 @@ def test_population_monte_carlo_along_few_directions():
     np.testing.assert_allclose(draws[:, :2].mean(0), [0.0, 0.4], atol=0.08)
     variance = [1.0, 2 * 0.4**2 + 0.5**2] + 38 * [np.exp(2 * 0.15**2)]
     np.testing.assert_allclose(draws.std(0), np.sqrt(variance), rtol=0.1)
+
+
+def test_directions_take_no_further_gradients():
+    """The program of linear response gives the gradients at draws, and the mixture begins and is
+    refitted without the density."""
+    calls = []
+
+    def log_density(values, latents, data):
+        calls.append(None)
+        return bent(values, latents, data)
+
+    target = vi.target(log_density, {"z": vi.Latent((40,))})
+    start = vi.linear_response(target, vi.solvers.deterministic(target, KEY))
+    rounds = population(target, start.guide, 2, 7, 100, 2)
+    drawn = rounds.first(start.params, KEY, target.data)
+    before = len(calls)
+    position = np.asarray(drawn.position[:80])
+    gradient = gradients(target, start, position, target.data)
+    slopes = Slopes(position, gradient, np.full(80, 1 / 80, position.dtype))
+    params = rounds.begin(start.params, KEY, drawn, slopes)
+    rounds.refit(params, drawn)
+    assert len(calls) == before
+    exact = jax.vmap(jax.grad(lambda z: bent({}, {"z": z}, None)))(position)
+    np.testing.assert_allclose(gradient, exact, rtol=1e-3, atol=1e-3)
+    values = vi.constrain(rounds.guide.declared, {"guide": params["guide"]})["guide"]
+    np.testing.assert_allclose(np.sum(values["frame"]["rotation"][0, :2] ** 2), 1.0, atol=0.1)
 
 
 def skewed(values, latents, data):

@@ -5,17 +5,20 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import numpy as np
 
 from vi_params._cache import program
 from vi_params._compile import Quick
 from vi_params.approximation.candidate import Candidate, best_of, worse
-from vi_params.approximation.result import judge
+from vi_params.approximation.result import judge, resampled
+from vi_params.solvers.linear_response import gradients
 from vi_params.solvers.population_monte_carlo import (
     GOOD_K_HAT,
     GOOD_SHARE,
     Population,
     population,
 )
+from vi_params.solvers.solution import Slopes
 from vi_params.target import Target, flat
 
 COMPONENTS = 16
@@ -60,8 +63,9 @@ def polish(target: Target, start: Candidate, keys: Iterator[jax.Array], data: An
     begin, refit = program(_compiled, rounds)
     weighted = judge(target, rounds.guide, DRAWS)
     params, key = start.solution.params, next(keys)
+    slopes = None if num_active is None else _slopes(target, start, key, data)
     with ThreadPoolExecutor() as pool:  # as `compile_usual` does it
-        shapes = begin.ahead(pool, params, key, start.drawn, data)
+        shapes = begin.ahead(pool, params, key, start.drawn, slopes)
         drawn, _ = weighted.ahead(pool, shapes, key, data)
         refit.ahead(pool, shapes, drawn)
 
@@ -72,7 +76,7 @@ def polish(target: Target, start: Candidate, keys: Iterator[jax.Array], data: An
         return Candidate(POLISHED, solution, diagnosis, drawn, GOOD_K_HAT, GOOD_SHARE)
 
     tried: list[Candidate] = []
-    params, made = begin(params, key, start.drawn, data), 0
+    params, made = begin(params, key, start.drawn, slopes), 0
     while True:
         tried.append(judged(params))
         made += 1
@@ -87,6 +91,15 @@ def polish(target: Target, start: Candidate, keys: Iterator[jax.Array], data: An
             # The best of many rounds was lucky; these draws show what it left out.
             tried = [again]
         params = refit(tried[-1].solution.params, tried[-1].drawn)
+
+
+def _slopes(target: Target, start: Candidate, key: jax.Array, data: Any) -> Slopes:
+    """The gradients at draws of the posterior, as far as the start's weights give them."""
+    number = len(start.solution.noise)
+    chosen = resampled(key, start.drawn.smoothed.log_weights)[:number]
+    position = np.asarray(start.drawn.position)[chosen]
+    gradient = gradients(target, start.solution, position, data)
+    return Slopes(position, gradient, np.full(number, 1 / number, position.dtype))
 
 
 def _compiled(rounds: Population) -> tuple[Quick, Quick]:

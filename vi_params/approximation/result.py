@@ -153,7 +153,7 @@ class Approximation:
             weighted = draw(self.params, propose, self.data)[0]
             index = np.arange(size)
             if self.resampled:
-                index = _resampled(choose, weighted.smoothed.log_weights)
+                index = resampled(choose, weighted.smoothed.log_weights)
             # In numpy: every number of draws would compile a program of its own.
             found = jax.device_get((weighted.latents, weighted.position))
             parts.append(jax.tree.map(lambda leaf, i=index[:each]: leaf[i], found))
@@ -183,7 +183,7 @@ def _judge(target: Target, guide: Guide, num_draws: int) -> Quick:
     return Quick(weighted) if is_short else Quick(weighted, options={})
 
 
-def _resampled(key: jax.Array, log_weights: jax.Array) -> np.ndarray:
+def resampled(key: jax.Array, log_weights: jax.Array) -> np.ndarray:
     """Systematic resampling as by `pick_draws`, in random order so that each part is a sample, too:
     in numpy, since a sort takes longer to compile than all of this to run."""
     random = np.random.default_rng(np.asarray(jax.random.key_data(key)))

@@ -219,8 +219,16 @@ def part_terms(parts: Parts, y: jax.Array, df: int | None) -> tuple[jax.Array, j
     """The components' shares log [w_k q_k(y)], and squared distances along the directions."""
     num_active = parts.along.locs.shape[1]
     terms, squared = log_terms(parts.along, y[:num_active], df)
-    locs, scales = parts.across
-    rest = y[num_active:]
-    log_normal = -0.5 * jnp.sum(((rest - locs) / scales) ** 2, axis=1)
-    log_normal -= jnp.sum(jnp.log(scales), axis=1) + 0.5 * rest.size * math.log(2 * math.pi)
-    return terms + log_normal, squared
+    return terms + log_normals(parts.across, y[num_active:]), squared
+
+
+def log_normals(across: Across, b: jax.Array) -> jax.Array:
+    """The components' log N(b; n_k, diag(s_k)^2), shape (K,), the squares multiplied out: of many b
+    these are products of matrices, far faster than as many differences."""
+    locs, scales = across
+    precisions = scales**-2
+    squared = (
+        precisions @ b**2 - 2 * (precisions * locs) @ b + jnp.sum(precisions * locs**2, axis=1)
+    )
+    log_det = jnp.sum(jnp.log(scales), axis=1)
+    return -0.5 * (squared + b.size * math.log(2 * math.pi)) - log_det

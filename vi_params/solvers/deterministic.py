@@ -181,9 +181,9 @@ def _build(
         params = jax.vmap(layout.params)(found.x)
         responses = None
         if isinstance(found.curvature, Response):
-            hessian, scores = found.curvature
+            hessian, scores, slopes = found.curvature
             both = 2 * layout.dim
-            responses = Response(hessian[:, :both, :both], scores[:, :, :both])
+            responses = Response(hessian[:, :both, :both], scores[:, :, :both], slopes)
         own, response = jax.tree.map(lambda leaf: leaf[best], (params, responses))
         return own, info, draws, response, (params, responses)
 

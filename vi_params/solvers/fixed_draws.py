@@ -38,10 +38,12 @@ class Response(NamedTuple):
         hessian: in (m, w), shape (2 dim, 2 dim).
         scores: the gradients in (m, w) of the losses of single pairs of draws, shape
             (num_draws / 2, 2 dim); their mean is the gradient of F.
+        slopes: the gradients of the log density at the draws, shape (num_draws, dim).
     """
 
     hessian: jax.Array
     scores: jax.Array
+    slopes: jax.Array
 
 
 def is_dense(dim: int, num_model: int) -> bool:
@@ -77,8 +79,8 @@ def expansion(
     def expand(x: jax.Array) -> tuple[jax.Array, jax.Array, Response]:
         m, w, theta = split(x, dim)
 
-        def one(e: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-            """A draw's share of F, of its gradient and of its Hessian."""
+        def one(e: jax.Array) -> tuple[jax.Array, ...]:
+            """A draw's share of F, of its gradient and of its Hessian, and its own gradient."""
             spread = jnp.exp(w) * e
 
             def lift(v: jax.Array) -> jax.Array:
@@ -92,12 +94,12 @@ def expansion(
             (value, slope), tangent = jax.linearize(jax.value_and_grad(share), y)
             hessian = jax.vmap(lambda v: tangent(v)[1])(jnp.eye(y.size, dtype=y.dtype))
             bend = jnp.zeros_like(x).at[dim : 2 * dim].set(spread * slope[:dim])
-            return value, lift(slope), lift(lift(hessian).T) + jnp.diag(bend)
+            return value, lift(slope), lift(lift(hessian).T) + jnp.diag(bend), -slope[:dim]
 
         entropy = jnp.zeros_like(x).at[dim : 2 * dim].set(1.0)
-        values, slopes, hessians = over(one, draws, at_once)
-        pairs = slopes.reshape(2, -1, x.size).mean(0) - entropy
-        curvature = Response(hessians.mean(0), pairs)
+        values, lifted, hessians, slopes = over(one, draws, at_once)
+        pairs = lifted.reshape(2, -1, x.size).mean(0) - entropy
+        curvature = Response(hessians.mean(0), pairs, slopes)
         return values.mean() - jnp.sum(w), pairs.mean(0), curvature
 
     return expand

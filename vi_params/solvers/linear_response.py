@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from vi_params._cache import program
@@ -23,10 +24,10 @@ from vi_params.guides.low_rank import checked_rank
 from vi_params.params import unconstrain
 from vi_params.solvers.curvature import along
 from vi_params.solvers.deterministic import Layout
-from vi_params.solvers.fixed_draws import BLOCK, Response, exists, expansion, loss
+from vi_params.solvers.fixed_draws import BLOCK, Response, exists, expansion
 from vi_params.solvers.inverse_products import require_mean_field, standard_error
 from vi_params.solvers.low_rank_response import build_low_rank
-from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus
+from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus, own_name
 from vi_params.solvers.start import data_of
 from vi_params.target import Target, flat, whole
 
@@ -89,6 +90,23 @@ def linear_response(
     return Solution(guide, params, info, solution.noise)
 
 
+def gradients(target: Target, solution: Solution, position: np.ndarray, data: Any) -> jax.Array:
+    """The gradients of the log density at unconstrained vectors, by the program that found the
+    Hessians for a linear response: another one would take seconds to compile.
+
+    Args:
+        target: what was approximated.
+        solution: its dense linear response.
+        position: the vectors, as many as the solution has fixed draws, shape (num_draws, dim).
+        data: the data.
+    """
+    name = own_name(solution.guide, "linear_response")
+    loc = np.asarray(solution.params[name]["loc"])
+    unscaled = {"loc": loc, "scale": np.zeros_like(loc)}  # the draws u - loc of N(loc, 1) are at u
+    expand = prepared(whole(target), name)[1]
+    return expand({**solution.params, name: unscaled}, position - loc, data).slopes
+
+
 def prepared(target: Target, name: str) -> tuple[Guide, Quick, Quick]:
     """The guide, and the programs `(params, draws, data) -> Response` and
     `(params, info, response) -> (params, info)`."""
@@ -113,20 +131,23 @@ def _build(target: Target, name: str) -> tuple[Guide, Quick, Quick]:
         if draws.size * 4 * dim <= HESSIANS and exists(by_draw, draws, 0):
             return by_draw(x)[2]
 
-        at_once = divisor(len(draws) // 2, BLOCK // (2 * layout.size(data)))
-        pairs = draws.reshape(2, -1, dim).swapaxes(0, 1)
+        at_once = divisor(len(draws), BLOCK // layout.size(data))
 
-        def slope(x: jax.Array, pair: jax.Array) -> jax.Array:
-            return jax.grad(loss(log_density, pair))(x)
+        def share(x: jax.Array, e: jax.Array) -> tuple[jax.Array, jax.Array]:
+            """The gradients of a draw's share of the loss, and of the log density there."""
+            m, w = x[:dim], x[dim:]
+            slope = jax.grad(log_density)(m + jnp.exp(w) * e, theta)
+            return jnp.concatenate([-slope, -slope * jnp.exp(w) * e - 1.0]), slope
 
         def column(v: jax.Array) -> jax.Array:
-            def product(pair: jax.Array) -> jax.Array:
-                return along(lambda x: slope(x, pair), x, v, unit)
+            def product(e: jax.Array) -> jax.Array:
+                return along(lambda x: share(x, e)[0], x, v, unit)
 
-            return over(product, pairs, at_once).mean(0)
+            return over(product, draws, at_once).mean(0)
 
         hessian = lax.map(column, jnp.eye(2 * dim, dtype=x.dtype))
-        return Response(hessian, over(lambda pair: slope(x, pair), pairs, at_once))
+        shares, slopes = over(lambda e: share(x, e), draws, at_once)
+        return Response(hessian, shares.reshape(2, -1, 2 * dim).mean(0), slopes)
 
     @Quick
     def respond(params: Any, info: SolverInfo, response: Response) -> Any:

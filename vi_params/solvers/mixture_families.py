@@ -20,6 +20,7 @@ from vi_params.guides.location_scale import require_gaussian
 from vi_params.guides.mixture import Components, log_terms
 from vi_params.importance import Smoothed, Weighted, at_once, pick_draws
 from vi_params.params import constrain, unconstrain
+from vi_params.solvers.solution import Slopes
 from vi_params.solvers.weighted_em import PRIOR
 from vi_params.target import Target, flat
 
@@ -42,8 +43,8 @@ class Family(NamedTuple):
         coordinates: `(params, u) -> y`, the coordinates of its components.
         parts: `params -> Parts`, in these coordinates.
         wrap: `(params, Parts) -> params`.
-        begin: `(params of the start, key, its weighted draws, data) -> (params, Parts)`: components
-            at resampled draws, no guard yet.
+        begin: `(params of the start, key, its weighted draws, slopes) -> (params, Parts)`:
+            components at resampled draws, no guard yet. `Slopes` are what directions come from.
     """
 
     guide: Guide
@@ -66,7 +67,7 @@ def everywhere(target: Target, start: Guide, num_components: int, df: int) -> Fa
     def wrap(params: Any, parts: Parts) -> Any:
         return {**params, **unconstrain(declared, {name: parts.along._asdict()})}
 
-    def begin(params: Any, key: jax.Array, drawn: Weighted, data: Any) -> tuple[Any, Parts]:
+    def begin(params: Any, key: jax.Array, drawn: Weighted, slopes: Any) -> tuple[Any, Parts]:
         own = constrain(start.declared, {name: params[name]})[name]
         chosen = drawn.position[pick_draws(key, drawn.smoothed.log_weights, num_components)]
         if set(own) == set(Components._fields):  # each has the scale of the part it came from
@@ -101,10 +102,10 @@ def along_few(
         free = unconstrain(declared, {name: {**own, "frame": values(params)["frame"]}})
         return {**params, **free}
 
-    def begin(params: Any, key: jax.Array, drawn: Weighted, data: Any) -> tuple[Any, Parts]:
+    def begin(params: Any, key: jax.Array, drawn: Weighted, slopes: Any) -> tuple[Any, Parts]:
         own = constrain(start.declared, {name: params[name]})[name]
         loc, scale_tril = require_gaussian(own, "population_monte_carlo, init, with num_active")
-        rotation = active_directions(target, params, loc, scale_tril, drawn, data, num_active)
+        rotation = active_directions(loc, scale_tril, slopes, num_active)
         frame = Frame(loc, scale_tril, rotation)
         chosen = drawn.position[pick_draws(key, drawn.smoothed.log_weights, num_components)]
         locs = frame.coordinates(chosen)[:, :num_active]
@@ -122,39 +123,32 @@ def along_few(
 
 
 def active_directions(
-    target: Target,
-    params: Any,
-    loc: jax.Array,
-    scale_tril: jax.Array,
-    drawn: Weighted,
-    data: Any,
-    num_active: int,
+    loc: jax.Array, scale_tril: jax.Array, slopes: Slopes, num_active: int
 ) -> jax.Array:
     """An orthogonal matrix whose first columns are the active directions of log p - log q.
 
     In units of the Gaussian, z = C^-1 (u - loc), the gradient of the log ratio is
-    g = C' grad log p(u) + z; the directions are the leading eigenvectors of E_p[g g'], by weighted
-    draws of the Gaussian.
+    g = C' grad log p(u) + z; the directions are the leading eigenvectors of E[g g'] over the
+    places where it is known.
     """
-    values = constrain(target.declared, {key: params[key] for key in target.declared})
-
-    def gradient(z: jax.Array) -> jax.Array:
-        def log_ratio(z: jax.Array) -> jax.Array:
-            u = loc + scale_tril @ z
-            return flat(target).log_density(u, values, data) + 0.5 * z @ z
-
-        return jax.grad(log_ratio)(z)
-
     identity = jnp.eye(loc.size, dtype=loc.dtype)
-    frame = Frame(loc, scale_tril, identity)
-    z = frame.coordinates(drawn.position[:GRADIENTS])
-    g = over(gradient, z, min(SIDE_BY_SIDE, at_once(len(z), target, data)))
+    z = Frame(loc, scale_tril, identity).coordinates(slopes.position)
+    g = slopes.gradient @ scale_tril + z
     usable = jnp.all(jnp.isfinite(g), axis=1)
-    weights = jnp.where(usable, jnp.exp(drawn.smoothed.log_weights[:GRADIENTS]), 0.0)
+    weights = jnp.where(usable, slopes.weights, 0.0)
     g = jnp.where(usable[:, None], g, 0.0)
     vectors = jnp.linalg.eigh((weights[:, None] * g).T @ g)[1]
     # The rest of the axes follow, made orthogonal to the directions.
     return jnp.linalg.qr(jnp.concatenate([vectors[:, -num_active:], identity], axis=1))[0]
+
+
+def slopes_at(target: Target, params: Any, drawn: Weighted, data: Any) -> Slopes:
+    """The gradients at some weighted draws, as many as directions need."""
+    values = constrain(target.declared, {key: params[key] for key in target.declared})
+    position, weights = drawn.position[:GRADIENTS], drawn.smoothed.log_weights[:GRADIENTS]
+    size = min(SIDE_BY_SIDE, at_once(len(position), target, data))
+    gradient = jax.grad(lambda u: flat(target).log_density(u, values, data))
+    return Slopes(position, over(gradient, position, size), jax.nn.softmax(weights))
 
 
 def _equal(num_components: int) -> jax.Array:

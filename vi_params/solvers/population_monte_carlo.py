@@ -21,8 +21,8 @@ from vi_params._tree import where_tree
 from vi_params.guide import Guide
 from vi_params.guides.active_mixture import Parts
 from vi_params.importance import Weighted, at_once, weigh
-from vi_params.solvers.mixture_families import along_few, everywhere, with_guard
-from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus, own_name
+from vi_params.solvers.mixture_families import along_few, everywhere, slopes_at, with_guard
+from vi_params.solvers.solution import Slopes, Solution, SolverInfo, SolverStatus, own_name
 from vi_params.solvers.start import data_of
 from vi_params.solvers.weighted_em import weighted_em
 from vi_params.target import Target
@@ -95,7 +95,7 @@ def population_monte_carlo(
     ]:
         require_count(count, name, "solvers.population_monte_carlo", least=least)
     rounds = population(target, init.guide, num_components, df, num_draws, num_active)
-    solve = program(_build, rounds, max_steps)
+    solve = program(_build, target, rounds, num_active is not None, max_steps)
     params, info = solve(init.params, key, data)
     return Solution(rounds.guide, params, info, jnp.zeros((0, 0)))
 
@@ -106,7 +106,7 @@ class Population(NamedTuple):
     Attributes:
         guide: the mixture.
         first: `(params of the start, key, data) -> Weighted`, of the start's draws.
-        begin: `(params of the start, key, its weighted draws, data) -> params` of the first
+        begin: `(params of the start, key, its weighted draws, slopes) -> params` of the first
             mixture.
         draw: `(params, key, data) -> Weighted`.
         refit: `(params, weighted draws) -> params`.
@@ -144,13 +144,12 @@ def _population(
     else:
         family = along_few(target, start, num_components, df, num_active)
 
-    def guarded(params: Any, parts: Parts, drawn: Weighted) -> Any:
-        y = family.coordinates(params, drawn.position)
+    def guarded(params: Any, parts: Parts, y: jax.Array, drawn: Weighted) -> Any:
         return family.wrap(params, with_guard(parts, y, drawn.smoothed))
 
-    def begin(params: Any, key: jax.Array, drawn: Weighted, data: Any) -> Any:
-        params, parts = family.begin(params, key, drawn, data)
-        return guarded(params, parts, drawn)
+    def begin(params: Any, key: jax.Array, drawn: Weighted, slopes: Slopes | None) -> Any:
+        params, parts = family.begin(params, key, drawn, slopes)
+        return guarded(params, parts, family.coordinates(params, drawn.position), drawn)
 
     def first(params: Any, key: jax.Array, data: Any) -> Weighted:
         return _weigh(target, start, params, start.noise(key, num_draws), data)
@@ -164,7 +163,7 @@ def _population(
         parts = Parts(along._replace(weights=along.weights / jnp.sum(along.weights)), across)
         y = family.coordinates(params, drawn.position)
         parts = weighted_em(parts, y, jnp.exp(drawn.smoothed.log_weights), df)
-        return guarded(params, parts, drawn)
+        return guarded(params, parts, y, drawn)
 
     return Population(family.guide, first, begin, draw, refit)
 
@@ -182,11 +181,12 @@ def _weigh(target: Target, guide: Guide, params: Any, noise: Any, data: Any) -> 
     return weigh(target, guide, params, noise, data, size, nan_is_outside=True)
 
 
-def _build(rounds: Population, max_steps: int) -> Any:
+def _build(target: Target, rounds: Population, has_directions: bool, max_steps: int) -> Any:
     @Quick
     def solve(start: Any, key: jax.Array, data: Any) -> tuple[Any, SolverInfo]:
         keys = jax.random.split(key, max_steps + 2)
         drawn = rounds.first(start, keys[0], data)
+        slopes = slopes_at(target, start, drawn, data) if has_directions else None
 
         def body(carry: Any) -> Any:
             i, params, drawn, best, best_drawn = carry
@@ -196,7 +196,7 @@ def _build(rounds: Population, max_steps: int) -> Any:
             best, best_drawn = where_tree(better, (params, drawn), (best, best_drawn))
             return i + 1, params, drawn, best, best_drawn
 
-        params = rounds.begin(start, keys[1], drawn, data)
+        params = rounds.begin(start, keys[1], drawn, slopes)
         worst = jnp.full_like(drawn.smoothed.k_hat, jnp.inf)
         unseen = drawn._replace(smoothed=drawn.smoothed._replace(k_hat=worst))
         steps, _, _, params, drawn = lax.while_loop(

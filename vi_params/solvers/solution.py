@@ -84,6 +84,20 @@ class SolverInfo(NamedTuple):
         return MESSAGES[SolverStatus(int(self.status))]
 
 
+class Slopes(NamedTuple):
+    """Where the gradient of the log density over unconstrained vectors is known.
+
+    Attributes:
+        position: the vectors, shape (n, dim).
+        gradient: of the log density there, shape (n, dim).
+        weights: how they count, shape (n,), adding up to one.
+    """
+
+    position: Any
+    gradient: Any
+    weights: Any
+
+
 class Solution(NamedTuple):
     """An approximation: a guide and its parameters, as every later call takes them.
 

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from vi_params._tree import all_finite, where_tree
-from vi_params.guides.active_mixture import Across, Parts, part_terms
-from vi_params.guides.mixture import Components
+from vi_params.guides.active_mixture import Across, Parts, log_normals
+from vi_params.guides.mixture import Components, log_terms
 
 SWEEPS = 3
 """How many sweeps are made."""
@@ -48,21 +48,22 @@ def weighted_em(now: Parts, y: jax.Array, weights: jax.Array, df: int) -> Parts:
     def shares(now: Parts) -> tuple[jax.Array, jax.Array]:
         """rho and gamma, with the weights in them, shape (K, num_draws)."""
 
-        def one(part: Parts) -> tuple[jax.Array, jax.Array]:
-            single = jax.tree.map(lambda leaf: leaf[None], part)
-            terms, squared = jax.vmap(lambda y: part_terms(single, y, df))(y)
+        def one(component: Components) -> tuple[jax.Array, jax.Array]:
+            single = jax.tree.map(lambda leaf: leaf[None], component)
+            terms, squared = jax.vmap(lambda a: log_terms(single, a, df))(a)
             return terms[:, 0], squared[:, 0]
 
         # Component by component: what one of them needs fits into the caches.
-        terms, squared = lax.map(one, now)
+        terms, squared = lax.map(one, now.along)
+        terms = terms + jax.vmap(lambda b: log_normals(now.across, b), out_axes=1)(b)
         rho = weights * jax.nn.softmax(terms, axis=0)
         return rho, rho * (df + num_active) / (df + squared)
 
     def sweep(_: int, now: Parts) -> Parts:
         rho, gamma = shares(now)
 
-        def one(parts: tuple[jax.Array, jax.Array, Parts]) -> Parts:
-            rho, gamma, old = parts
+        def one(parts: tuple) -> Parts:
+            rho, gamma, b_sum, b_squares, old = parts
             weight = jnp.sum(rho)
             effective = weight**2 / jnp.sum(rho**2)
             loc = gamma @ a / jnp.sum(gamma)
@@ -72,8 +73,9 @@ def weighted_em(now: Parts, y: jax.Array, weights: jax.Array, df: int) -> Parts:
             root = jnp.linalg.cholesky((1 - kept) * covariance + kept * before)
 
             known = effective / (effective + PRIOR)
-            centre = known * (rho @ b) / weight
-            variance = known * (rho @ (b - centre) ** 2) / weight + (1 - known)
+            centre = known * b_sum / weight
+            spread = (b_squares - 2 * centre * b_sum) / weight + centre**2
+            variance = known * spread + (1 - known)
             new = loc, root, Across(centre, jnp.sqrt(variance))
             usable = (weight > RARE) & all_finite(new)
             loc, root, across = where_tree(
@@ -82,7 +84,7 @@ def weighted_em(now: Parts, y: jax.Array, weights: jax.Array, df: int) -> Parts:
             weight = jnp.maximum(weight, jnp.finfo(y.dtype).eps)
             return Parts(Components(weight, loc, root), across)
 
-        new = lax.map(one, (rho, gamma, now))
+        new = lax.map(one, (rho, gamma, rho @ b, rho @ b**2, now))
         total = jnp.sum(new.along.weights)
         return new._replace(along=new.along._replace(weights=new.along.weights / total))
 
