@@ -1,12 +1,13 @@
 """From a model to posterior moments: `vi.approximate` against NumPyro's NUTS.
 
-    python benchmarks/approximate.py --posteriors FOLDER [--names NAME ...] [--output FILE]
+    python benchmarks/approximate.py [--posteriors FOLDER] [--names NAME ...] [--output FILE]
 
-Every posterior of FOLDER (posteriors.py, moments.json), in float64. Each side runs in a process of
-its own: once cold, with tracing and compilation, to its draws; then with other keys, everything
-compiled, the median of three. NUTS: 4 chains, vectorised or
+Every posterior of FOLDER (posteriors.py, moments.json) and every model of this repository, in
+float64. Each side runs in a process of its own: once cold, with tracing and compilation, to its
+draws; then with other keys, everything compiled, the median of three. NUTS: 4 chains, vectorised or
 sequential, whichever was the faster, 1,000 warm-up steps and 1,000 draws each. Errors are the
 largest over all parameters: of means in reference standard deviations, of log standard deviations.
+The reference of a model of this repository is a run of NUTS of 4 chains with 5,000 draws each.
 `trust` is the verdict on the first run; `right` whether errors are below 0.1 and 0.15.
 """
 
@@ -16,27 +17,34 @@ import pathlib
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
-from reference import errors, posteriors
+from reference import errors, own, posteriors
 
 REPEATS = 3
 DRAWS = 4000
 MEAN, LOG_SD = 0.1, 0.15
 
 
-def one_side(folder, name, side):
+def known(options):
+    """Name -> posterior."""
+    found = posteriors(options.posteriors) if options.posteriors else {}
+    return own(options.moments) | found
+
+
+def one_side(options, name, side):
     """What one side measures in this process, as a mapping."""
-    began = time.perf_counter()
     import jax
 
     jax.config.update("jax_enable_x64", True)
-    posterior = posteriors(folder)[name]
+    posterior = known(options)[name]
+    if side == "reference":
+        return posterior.run()
     from numpyro.infer import MCMC, NUTS
 
     import vi_params as vi
 
-    imported = time.perf_counter() - began
     model, args, kwargs = posterior.make()
     told = {}
 
@@ -69,7 +77,7 @@ def one_side(folder, name, side):
         jax.block_until_ready(run(seed))
         seconds.append(time.perf_counter() - began)
     mean, log_sd = errors(posterior, draws)
-    result = {"imports": imported, "cold": cold, "hot": statistics.median(seconds)}
+    result = {"cold": cold, "hot": statistics.median(seconds)}
     result |= {"mean": mean, "log sd": log_sd}
     if side == "vi":
         found = told["found"]
@@ -82,11 +90,13 @@ def one_side(folder, name, side):
     return result
 
 
-def measure(folder, name):
+def measure(options, name):
     """One row: both sides, each in fresh processes."""
     sides = {}
-    for side in ("vi", "vectorized", "sequential"):
-        command = [sys.executable, __file__, "--posteriors", folder, "--one", name, side]
+    needed = ("reference",) if hasattr(known(options)[name], "run") else ()
+    for side in (*needed, "vi", "vectorized", "sequential"):
+        command = [sys.executable, __file__, "--moments", options.moments, "--one", name, side]
+        command += ["--posteriors", options.posteriors] if options.posteriors else []
         out = subprocess.run(command, capture_output=True, text=True, check=False)
         if out.returncode:
             raise RuntimeError(f"{name}, {side}:\n{out.stderr[-3000:]}")
@@ -113,19 +123,31 @@ def measure(folder, name):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--posteriors", required=True, help="a folder with posteriors.py")
+    parser.add_argument("--posteriors", help="a folder with posteriors.py")
     parser.add_argument("--names", nargs="*", help="only these")
     parser.add_argument("--output", default="approximate.json")
+    parser.add_argument("--moments", help=argparse.SUPPRESS)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(one_side(options.posteriors, *options.one)))
+        print(json.dumps(one_side(options, *options.one)))
         return
+    with tempfile.TemporaryDirectory() as options.moments:
+        report(measured(options))
+
+
+def measured(options):
+    """The rows of the table, written to a file as they come."""
     rows = []
-    for name in options.names or list(posteriors(options.posteriors)):
-        rows.append(measure(options.posteriors, name))
+    for name in options.names or list(known(options)):
+        rows.append(measure(options, name))
         pathlib.Path(options.output).write_text(json.dumps(rows, indent=1))
         print(name, file=sys.stderr)
+    return rows
+
+
+def report(rows):
+    """Prints the table."""
     columns = list(rows[0])
     table = [columns] + [
         [value if isinstance(value, str) else f"{value:.3g}" for value in row.values()]

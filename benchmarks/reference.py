@@ -2,13 +2,17 @@
 
 A posterior has `make() -> (model, args, kwargs)`, `reference()` (`mean`, `sd`: parameter -> array;
 `mean_field_elbo`, `full_rank_elbo`) and `params`: parameter -> the NumPyro site that holds it.
+The models of this repository are posteriors too (`own`), their moments those of a long run of NUTS.
 """
 
 import importlib.util
+import json
 import pathlib
 import sys
 
 import numpy as np
+
+CHAINS, WARMUP, SAMPLES = 4, 1000, 5000
 
 
 def posteriors(folder):
@@ -19,6 +23,57 @@ def posteriors(folder):
     sys.modules["posteriors"] = module
     spec.loader.exec_module(module)
     return module.POSTERIORS
+
+
+class Own:
+    """A model of this repository as a posterior."""
+
+    def __init__(self, name, folder):
+        """Keeps its moments in a file of that folder."""
+        self.name = name
+        self.file = pathlib.Path(folder) / f"{name}.json"
+
+    def make(self):
+        from models import MODELS
+
+        return (*MODELS[self.name](), {})
+
+    def reference(self):
+        return json.loads(self.file.read_text())
+
+    @property
+    def params(self):
+        return {site: site for site in self.reference()["mean"]}
+
+    def run(self):
+        """The long run of NUTS, whose moments are kept."""
+        import jax
+        from numpyro.infer import MCMC, NUTS
+
+        model, args, kwargs = self.make()
+        kernel = NUTS(model)
+        mcmc = MCMC(
+            kernel,
+            num_warmup=WARMUP,
+            num_samples=SAMPLES,
+            num_chains=CHAINS,
+            chain_method="vectorized",
+            progress_bar=False,
+        )
+        mcmc.run(jax.random.key(1), *args, **kwargs)
+        draws = mcmc.get_samples()
+        moments = {
+            "mean": {site: np.asarray(x.mean(0)).tolist() for site, x in draws.items()},
+            "sd": {site: np.asarray(x.std(0)).tolist() for site, x in draws.items()},
+        }
+        self.file.write_text(json.dumps(moments))
+
+
+def own(folder):
+    """Name -> posterior of a model of this repository; what they need is kept in that folder."""
+    from models import MODELS
+
+    return {name: Own(name, folder) for name in MODELS}
 
 
 def errors(posterior, draws):

@@ -3,11 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import lax
 
 import vi_params as vi
 from vi_params._over import LAPACK, _equations, over, over_lanes
+from vi_params.fitting.lanes import programs
+from vi_params.fitting.stopping import never
 
 MATRICES = jnp.eye(3) + 0.1 * jnp.arange(6.0)[:, None, None]
 
@@ -57,6 +60,16 @@ def gaussian_process(number=7):
     return vi.target(log_density, {"z": vi.Latent(())}, data=jnp.sin(jnp.arange(1.0 * number)))
 
 
+def factorised(program):
+    """The shapes that a program hands to LAPACK, of those whose matrices are the density's."""
+    shapes = [
+        equation.invars[0].aval.shape
+        for equation in _equations(program.jaxpr)
+        if equation.primitive.name in LAPACK
+    ]
+    return {shape for shape in shapes if shape[-2:] == (7, 7)}
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="others have no such pool")
 @pytest.mark.parametrize(
     "solver",
@@ -66,13 +79,20 @@ def test_solvers_factorise_one_matrix_at_a_time(solver):
     """Not a batch of them over draws, particles, lanes or paths."""
     solve = getattr(vi.solvers, solver)
     program = jax.make_jaxpr(lambda key: jax.tree.leaves(solve(gaussian_process(), key)[1:3]))
-    found = [
-        equation.invars[0].aval.shape
-        for equation in _equations(program(jax.random.key(0)).jaxpr)
-        if equation.primitive.name in LAPACK and equation.invars[0].aval.shape[-2:] == (7, 7)
-    ]
-    assert found
-    assert set(found) == {(7, 7)}
+    assert factorised(program(jax.random.key(0))) == {(7, 7)}
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="others have no such pool")
+def test_restarts_factorise_one_matrix_at_a_time():
+    target = gaussian_process()
+    objective = vi.elbo(target, vi.guides.mean_field(target), num_particles=2)
+    compiled = programs(objective, 3, optax.adam(0.1), never())
+    keys, data = jax.random.split(jax.random.key(0), 3), target.data
+    begin = jax.make_jaxpr(compiled.begin)(keys, None, data, {})
+    lanes = jax.eval_shape(compiled.begin, keys, None, data, {})
+    advance = jax.make_jaxpr(compiled.advance)(lanes, keys, 5, data)
+    compare = jax.make_jaxpr(compiled.compare)(lanes, keys[0], data)
+    assert factorised(begin) == factorised(advance) == factorised(compare) == {(7, 7)}
 
 
 def test_lanes_are_made_one_after_the_other_on_a_cpu():

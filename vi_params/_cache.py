@@ -105,11 +105,15 @@ def _identity(thing: Any, above: tuple[int, ...]) -> Hashable:
 
 
 def _values(array: np.ndarray | jax.Array) -> Hashable:
-    """What an array holds now; arrays of other things than numbers are told apart as objects."""
+    """What an array holds now. One that may be written into, and so be read otherwise when the
+    program is traced again, is the same object as well; so are arrays of other things than numbers.
+    """
     if not any(jnp.issubdtype(array.dtype, kind) for kind in (np.number, np.bool_)):
         return Itself(array)
-    weak = getattr(array, "weak_type", False)
-    return isinstance(array, jax.Array), weak, array.shape, array.dtype, np.asarray(array).tobytes()
+    values = array.shape, array.dtype, np.asarray(array).tobytes()
+    if isinstance(array, np.ndarray):
+        return Itself(array), values
+    return array.weak_type, values
 
 
 def _contents(cell: Any) -> Any:

@@ -162,7 +162,7 @@ def require_count(value: Any, name: str, where: str, least: int = 1) -> None:
         )
 
 
-def require_positive(value: Any, name: str, where: str) -> None:
+def require_positive(value: Any, name: str, where: str, hint: str | None = None) -> None:
     """Raises ValueError unless `value` is a positive number."""
     if not value > 0:
         raise ValueError(
@@ -171,5 +171,6 @@ def require_positive(value: Any, name: str, where: str) -> None:
                 expected=f"{name} > 0",
                 received=repr(value),
                 where=where,
+                hint=hint,
             )
         )

@@ -38,7 +38,13 @@ def over(f: Callable[[Any], Any], xs: Any, at_once: int | None = None) -> Any:
 def over_lanes(lane: Callable[[Any], Any], xs: Any) -> Any:
     """`lane`, a search that ends when it is done, of every row of `xs`: on a CPU one after the
     other, which traces, compiles and runs in less time than all in step with the slowest."""
-    return lax.map(lane, xs) if jax.default_backend() == "cpu" else jax.vmap(lane)(xs)
+    number = jax.tree.leaves(xs)[0].shape[0]
+    return lax.map(lane, xs) if lanes_at_once(number) == 1 else jax.vmap(lane)(xs)
+
+
+def lanes_at_once(lanes: int) -> int:
+    """How many lanes `over_lanes` makes side by side."""
+    return 1 if jax.default_backend() == "cpu" else lanes
 
 
 def divisor(number: int, limit: int) -> int:

@@ -30,4 +30,5 @@ def compile_usual(target: Target, key: jax.Array, data: Any, lanes: int, num_dra
         if response is None:
             response = expand.ahead(pool, params, draws, data)
         params, _ = respond.ahead(pool, params, info, response)
-        judge(target, wide_tailed(target, name), num_draws).ahead(pool, params, key, data)
+        weighted = judge(target, wide_tailed(target, name), num_draws, data)
+        weighted.ahead(pool, params, key, data)

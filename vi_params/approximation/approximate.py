@@ -21,7 +21,7 @@ from vi_params.solvers.deterministic import deterministic
 from vi_params.solvers.linear_response import linear_response
 from vi_params.solvers.merge import merge
 from vi_params.solvers.optima import distinct
-from vi_params.solvers.solution import Solution, SolverStatus
+from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus
 from vi_params.solvers.start import data_of
 from vi_params.target import Target, flat, whole
 
@@ -195,14 +195,14 @@ def _conclude(
         diagnosis=best.diagnosis,
         trustworthy=best.is_trustworthy,
         resampled=best.is_trustworthy,
-        verdict=_verdict(best),
+        verdict=_verdict(best, candidates[0].solution.info),
         table=Table(("approximation", "k-hat", "ESS %", "log evidence"), rows),
         target=target,
         data=data,
     )
 
 
-def _verdict(best: Candidate) -> str:
+def _verdict(best: Candidate, first: SolverInfo) -> str:
     k_hat, limit = float(best.diagnosis.k_hat), threshold(int(best.diagnosis.num_draws))
     found = f"{best.name}: k-hat {k_hat:.2f}, {100 * best.share:.0f} % of the draws effective"
     if best.is_trustworthy:
@@ -213,10 +213,9 @@ def _verdict(best: Candidate) -> str:
         reason = "too few draws count, or tails were not reached"
     else:
         reason = "the tail of the importance weights is too heavy"
-    info = best.solution.info
     told = ""
-    if int(info.status) != SolverStatus.CONVERGED:
-        told = f" The mean-field solver it began with: {info.message}."
+    if int(first.status) != SolverStatus.CONVERGED:
+        told = f" The solver it began with: {first.message}."
     return (
         f"Do not trust this ({found}): {reason}. Use MCMC; .nuts_start(key) gives it starting "
         f"points and a mass matrix. Draws are the guide's own, not resampled.{told}"

@@ -74,7 +74,7 @@ def judged(
     num_draws: int,
 ) -> Candidate:
     """The candidate of a solution, by two batches of draws."""
-    weighted = judge(target, solution.guide, num_draws)
+    weighted = judge(target, solution.guide, num_draws, data)
     draws = [weighted(solution.params, next(keys), data) for _ in range(2)]
     judgements = [jax.device_get(diagnosis) for _, diagnosis in draws]
     return Candidate(name, solution, worse(*judgements), draws[0][0], threshold(num_draws))

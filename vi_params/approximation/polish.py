@@ -12,6 +12,7 @@ from vi_params._compile import Quick
 from vi_params.approximation.candidate import Candidate, best_of, worse
 from vi_params.approximation.result import judge, resampled
 from vi_params.solvers.linear_response import gradients
+from vi_params.solvers.mixture_families import slopes_at
 from vi_params.solvers.population_monte_carlo import (
     GOOD_K_HAT,
     GOOD_SHARE,
@@ -32,6 +33,10 @@ DRAWS = 16000
 
 FREE = 32
 """The largest dimension in which the components are free in all directions."""
+
+REUSED = 128
+"""The largest dimension in which their gradients come from the program of linear response: its
+Hessians beside them take less time there than another program takes to compile."""
 
 ACTIVE = 4
 """Along how many directions they are free in more dimensions."""
@@ -61,9 +66,9 @@ def polish(target: Target, start: Candidate, keys: Iterator[jax.Array], data: An
     num_active = None if flat(target).dim <= FREE else ACTIVE
     rounds = population(target, start.solution.guide, COMPONENTS, DF, DRAWS, num_active)
     begin, refit = program(_compiled, rounds)
-    weighted = judge(target, rounds.guide, DRAWS)
+    weighted = judge(target, rounds.guide, DRAWS, data)
     params, key = start.solution.params, next(keys)
-    slopes = None if num_active is None else _slopes(target, start, key, data)
+    slopes = None if num_active is None else _slopes(target, start, next(keys), data)
     with ThreadPoolExecutor() as pool:  # as `compile_usual` does it
         shapes = begin.ahead(pool, params, key, start.drawn, slopes)
         drawn, _ = weighted.ahead(pool, shapes, key, data)
@@ -95,11 +100,17 @@ def polish(target: Target, start: Candidate, keys: Iterator[jax.Array], data: An
 
 def _slopes(target: Target, start: Candidate, key: jax.Array, data: Any) -> Slopes:
     """The gradients at draws of the posterior, as far as the start's weights give them."""
+    if flat(target).dim > REUSED:
+        return program(_gradients, target)(start.solution.params, start.drawn, data)
     number = len(start.solution.noise)
     chosen = resampled(key, start.drawn.smoothed.log_weights)[:number]
     position = np.asarray(start.drawn.position)[chosen]
     gradient = gradients(target, start.solution, position, data)
     return Slopes(position, gradient, np.full(number, 1 / number, position.dtype))
+
+
+def _gradients(target: Target) -> Quick:
+    return Quick(lambda params, drawn, data: slopes_at(target, params, drawn, data))
 
 
 def _compiled(rounds: Population) -> tuple[Quick, Quick]:

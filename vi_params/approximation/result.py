@@ -100,6 +100,8 @@ class Approximation:
             rows = np.minimum(np.arange(begin, begin + BLOCK), num_draws - 1)
             block = {name: values[rows] for name, values in latents.items()}
             parts.append(jax.device_get(compute(self.params, block, self.data)))
+            if not parts[0]:
+                break
         return jax.device_put({**latents, **_joined(parts, num_draws)})
 
     def nuts_start(self, key: jax.Array, num_chains: int = 4) -> NutsStart:
@@ -146,7 +148,7 @@ class Approximation:
         batches = min(MOST_BATCHES, math.ceil(num_draws / fresh))
         batches = max(batches, math.ceil(num_draws / size))
         each = math.ceil(num_draws / batches)
-        draw = judge(self.target, self.guide, size)
+        draw = judge(self.target, self.guide, size, self.data)
         parts = []
         for i in range(batches):
             propose, choose = (jax.random.fold_in(key, 2 * i + j) for j in range(2))
@@ -166,12 +168,13 @@ class Approximation:
     __repr__ = __str__
 
 
-def judge(target: Target, guide: Guide, num_draws: int) -> Quick:
+def judge(target: Target, guide: Guide, num_draws: int, data: Any) -> Quick:
     """`(params, key, data) -> (Weighted, Diagnosis)` of a batch of draws, compiled once."""
-    return program(_judge, target, guide, num_draws)
+    is_short = at_once(num_draws, target, data) == num_draws
+    return program(_judge, target, guide, num_draws, is_short)
 
 
-def _judge(target: Target, guide: Guide, num_draws: int) -> Quick:
+def _judge(target: Target, guide: Guide, num_draws: int, is_short: bool) -> Quick:
     def weighted(params: Any, key: jax.Array, data: Any) -> tuple[Weighted, Diagnosis]:
         noise = guide.noise(key, num_draws)
         size = at_once(num_draws, target, data)
@@ -179,7 +182,6 @@ def _judge(target: Target, guide: Guide, num_draws: int) -> Quick:
         return found, judged(guide, found)
 
     # A program of many numbers runs long enough for XLA's optimisations to pay.
-    is_short = at_once(num_draws, target, target.data) == num_draws
     return Quick(weighted) if is_short else Quick(weighted, options={})
 
 

@@ -62,7 +62,7 @@ def fit(
     The steps run in compiled calls; a second fit of the same `Objective`, an equal optimiser and
     the same shapes compiles nothing: build the objective once and pass new data as `data`.
 
-    All restarts run side by side in one program, each from its own start and with its own keys, and
+    All restarts run in step in one program, each from its own start and with its own keys, and
     each is frozen when it has stopped. What a restart does depends on `key` and its number alone:
     not on how many others there are, nor on how the calls are cut.
 

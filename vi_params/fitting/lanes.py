@@ -1,4 +1,4 @@
-"""The compiled programs of a fit: all restarts side by side, each frozen when it has stopped."""
+"""The compiled programs of a fit: all restarts in step, each frozen when it has stopped."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from vi_params._over import over
 from vi_params._tree import where_tree
 from vi_params.averaging import average_paths, evaluation_params
 from vi_params.batches import Scheme
@@ -88,7 +89,7 @@ def programs(
     every = stop.every
     capacity = max(1, CALL // every) * every
     ahead = every * noise_size(inference) * restarts <= BLOCK
-    lanewise = jax.vmap if restarts > 1 else _one_lane
+    lanewise = _all_lanes if restarts > 1 else _one_lane
 
     def noise_ahead(first: jax.Array, keys: jax.Array, length: int) -> Any:
         """The noise of `length` steps of every lane; leading axes (length, restarts)."""
@@ -219,7 +220,7 @@ def _compare(objective: Objective) -> Callable[..., tuple[jax.Array, ...]]:
 
         def all_lanes(key: jax.Array) -> jax.Array:
             noise = objective.noise(key)
-            return jax.vmap(lambda p: -objective.evaluate(p, noise, data)[0])(params)
+            return over(lambda p: -objective.evaluate(p, noise, data)[0], params)
 
         elbos = lax.map(all_lanes, keys).T
         began = (lanes.outcome != INVALID)[:, None]
@@ -235,6 +236,11 @@ def _compare(objective: Objective) -> Callable[..., tuple[jax.Array, ...]]:
 def _standard_error(x: jax.Array) -> jax.Array:
     """That of the mean of each row, NaN left out."""
     return jnp.nanstd(x, axis=1) / jnp.sqrt(jnp.sum(~jnp.isnan(x), axis=1))
+
+
+def _all_lanes(f: Callable) -> Callable:
+    """`vmap`, as far as side by side is safe (`over`)."""
+    return lambda *args: over(lambda one: f(*one), args)
 
 
 def _one_lane(f: Callable) -> Callable:

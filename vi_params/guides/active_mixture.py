@@ -222,13 +222,17 @@ def part_terms(parts: Parts, y: jax.Array, df: int | None) -> tuple[jax.Array, j
     return terms + log_normals(parts.across, y[num_active:]), squared
 
 
+def exact(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The product of matrices, in full precision on accelerators too: sums of squares cancel."""
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
 def log_normals(across: Across, b: jax.Array) -> jax.Array:
     """The components' log N(b; n_k, diag(s_k)^2), shape (K,), the squares multiplied out: of many b
     these are products of matrices, far faster than as many differences."""
     locs, scales = across
     precisions = scales**-2
-    squared = (
-        precisions @ b**2 - 2 * (precisions * locs) @ b + jnp.sum(precisions * locs**2, axis=1)
-    )
+    at_centre = jnp.sum(precisions * locs**2, axis=1)
+    squared = exact(precisions, b**2) - 2 * exact(precisions * locs, b) + at_centre
     log_det = jnp.sum(jnp.log(scales), axis=1)
     return -0.5 * (squared + b.size * math.log(2 * math.pi)) - log_det

@@ -128,7 +128,7 @@ def location_scale(
 
 def positive(init_scale: float) -> float:
     """The scale, checked."""
-    require_positive(init_scale, "init_scale", "guides")
+    require_positive(init_scale, "init_scale", "vi.guides, init_scale")
     return init_scale
 
 

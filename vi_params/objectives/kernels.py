@@ -73,5 +73,5 @@ def negative_distance() -> Kernel:
 
 def _positive(bandwidth: float | None) -> float | None:
     if bandwidth is not None:
-        require_positive(bandwidth, "bandwidth", "vi.kernels")
+        require_positive(bandwidth, "bandwidth", "vi.kernels", "None is the median heuristic")
     return bandwidth

@@ -58,7 +58,8 @@ def batch_and_match(
 
     Raises:
         ValueError: batch < 2, max_steps < 1, a rank not among 1 .. dim, tolerance <= 0, a start
-            outside its support, or a target with parameters of its own and no values for them.
+            outside its support, a target with parameters of its own and no values for them, or data
+            that are a batch.
         KeyError: `init` or `data` hold unknown names, or `data` lack one.
         TypeError: `key` is not a typed key.
 
@@ -117,8 +118,8 @@ def score_matching(
         A `Solution` with a `vi.guides.full_rank` guide; `info` as for `batch_and_match`.
 
     Raises:
-        ValueError: batch < 2, max_steps < 1, tolerance <= 0, a start outside its support, or a
-            target with parameters of its own and no values for them.
+        ValueError: batch < 2, max_steps < 1, tolerance <= 0, a start outside its support, a
+            target with parameters of its own and no values for them, or data that are a batch.
         KeyError: `init` or `data` hold unknown names, or `data` lack one.
         TypeError: `key` is not a typed key.
 

@@ -18,7 +18,7 @@ from jax.flatten_util import ravel_pytree
 from vi_params._cache import program
 from vi_params._check import explain, require_count, require_key
 from vi_params._compile import Quick
-from vi_params._over import over_lanes
+from vi_params._over import lanes_at_once, over_lanes
 from vi_params.guide import Guide
 from vi_params.guides import mean_field
 from vi_params.matching import joint_declared
@@ -28,7 +28,7 @@ from vi_params.params.declare import Declared
 from vi_params.params.maps import abstract_params
 from vi_params.solvers.fixed_draws import Response, fixed_draws, units
 from vi_params.solvers.solution import Solution, SolverInfo
-from vi_params.solvers.start import data_of, lane_radii, nats
+from vi_params.solvers.start import data_of, fixed, lane_radii, nats
 from vi_params.solvers.trust_region import minimise
 from vi_params.target import Target, flat, whole
 
@@ -132,9 +132,8 @@ def prepared(
         )
     tolerance = nats(tolerance, "solvers.deterministic")
     scheme = noise or (orthogonal() if dim <= FULL_FRAME else moment_matched())
-    return program(
-        _build, target, num_draws, lanes, tolerance, max_steps, name, alike=(scheme, init)
-    )
+    alike = scheme, fixed(init)
+    return program(_build, target, num_draws, lanes, tolerance, max_steps, name, alike=alike)
 
 
 def _build(
@@ -156,7 +155,10 @@ def _build(
     def solve(key: jax.Array, data: Any) -> tuple:
         draws = scheme.draw(jax.random.fold_in(key, lanes), num_draws, layout.dim)
         f = fixed_draws(
-            layout.log_density(data), draws, lanes * layout.size(data), layout.num_model
+            layout.log_density(data),
+            draws,
+            lanes_at_once(lanes) * layout.size(data),
+            layout.num_model,
         )
 
         def lane(at: tuple[jax.Array, jax.Array]) -> Any:

@@ -57,7 +57,7 @@ def fixed_draws(log_density: LogDensity, draws: jax.Array, size: int, num_model:
     Args:
         log_density: `(u, theta) -> scalar`.
         draws: e, shape (num_draws, dim).
-        size: how many numbers an evaluation of the log density handles, side by side lanes counted.
+        size: how many numbers an evaluation of the log density handles, lanes at once counted.
         num_model: the length of theta.
     """
     num_draws, dim = draws.shape

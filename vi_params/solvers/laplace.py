@@ -27,7 +27,7 @@ from vi_params.guides.starts import start_vector
 from vi_params.params import init_params, unconstrain
 from vi_params.solvers.curvature import along
 from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus
-from vi_params.solvers.start import data_of, first_finite, lane_radii, log_density, nats
+from vi_params.solvers.start import data_of, first_finite, fixed, lane_radii, log_density, nats
 from vi_params.solvers.trust_region import Minimum, matrix_free, minimise
 from vi_params.target import Target, flat
 
@@ -87,7 +87,8 @@ def laplace(
         the covariance is diagonal.
 
     Raises:
-        ValueError: lanes or max_steps < 1, tolerance <= 0, or a start outside its support.
+        ValueError: lanes or max_steps < 1, tolerance <= 0, a start outside its support, or data
+            that are a batch of rows.
         KeyError: `init` or `data` hold unknown names, or `data` lack one.
         TypeError: `key` is not a typed key.
 
@@ -106,7 +107,7 @@ def laplace(
     require_count(lanes, "lanes", "solvers.laplace")
     require_count(max_steps, "max_steps", "solvers.laplace")
     tolerance = nats(tolerance, "solvers.laplace")
-    guide, solve = program(_build, target, lanes, tolerance, max_steps, name, alike=(init,))
+    guide, solve = program(_build, target, lanes, tolerance, max_steps, name, alike=(fixed(init),))
     params, info = solve(key, data)
     return Solution(guide, params, info, jnp.zeros((0, flat(target).dim)))
 

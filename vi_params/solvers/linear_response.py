@@ -62,7 +62,8 @@ def linear_response(
 
     Raises:
         ValueError: the solution is of another family, or has no even number of fixed draws; a
-            rank not among 1 .. dim.
+            rank not among 1 .. dim; data that are a batch.
+        TypeError: `solution` is none.
 
     Example:
         >>> precision = jnp.array([[2.0, 0.9], [0.9, 1.0]])

@@ -48,7 +48,8 @@ def merge(
         model's own parameters, if any, are those of the solution with the largest.
 
     Raises:
-        ValueError: no solutions, one that is no Gaussian, or num_draws < 25.
+        ValueError: no solutions, one that is no Gaussian, num_draws < 25, or data that are a batch
+            of rows.
         TypeError: `key` is not a typed key, or a solution is none.
 
     Example:

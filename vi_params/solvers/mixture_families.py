@@ -134,7 +134,7 @@ def active_directions(
     identity = jnp.eye(loc.size, dtype=loc.dtype)
     z = Frame(loc, scale_tril, identity).coordinates(slopes.position)
     g = slopes.gradient @ scale_tril + z
-    usable = jnp.all(jnp.isfinite(g), axis=1)
+    usable = jnp.all(jnp.isfinite(g), axis=1) & jnp.isfinite(slopes.weights)
     weights = jnp.where(usable, slopes.weights, 0.0)
     g = jnp.where(usable[:, None], g, 0.0)
     vectors = jnp.linalg.eigh((weights[:, None] * g).T @ g)[1]

@@ -74,8 +74,8 @@ def natural_gradient(
         A `Solution`; `info` as for `vi.solvers.batch_and_match`.
 
     Raises:
-        ValueError: batch < 2, max_steps < 1, tolerance <= 0, a start outside its support, or a
-            target with parameters of its own and no values for them.
+        ValueError: batch < 2, max_steps < 1, tolerance <= 0, a start outside its support, a
+            target with parameters of its own and no values for them, or data that are a batch.
         KeyError: `init` or `data` hold unknown names, or `data` lack one.
         TypeError: `key` is not a typed key, or the family is another one.
 

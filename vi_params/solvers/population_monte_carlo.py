@@ -65,12 +65,12 @@ def population_monte_carlo(
 
     Returns:
         A `Solution` with a `vi.guides.mixture` guide (`active_mixture` with `num_active`), that of
-        the round with the smallest k-hat among those seen. `info.steps` counts rounds; CONVERGED
-        says that the rounds ended early.
+        the round with the smallest k-hat among those seen; where none had one, the first, with
+        `info.elbo` NaN. `info.steps` counts rounds; CONVERGED says that they ended early.
 
     Raises:
         ValueError: a number is too small, `num_active` exceeds the dimension, or `init` is no
-            Gaussian or mixture (no Gaussian, with `num_active`).
+            Gaussian or mixture (no Gaussian, with `num_active`); data that are a batch of rows.
         TypeError: `key` is not a typed key, or `init` is no `Solution`.
 
     Example:
@@ -207,6 +207,7 @@ def _build(target: Target, rounds: Population, has_directions: bool, max_steps: 
         status = jnp.where(is_good(drawn), SolverStatus.CONVERGED, SolverStatus.MAX_STEPS)
         elbo = jnp.mean(drawn.log_ratios)
         nothing = jnp.full((), jnp.nan, elbo.dtype)
+        elbo = jnp.where(drawn.smoothed.k_hat < jnp.inf, elbo, nothing)
         return params, SolverInfo(status, elbo, steps, elbo[None], status[None], nothing)
 
     return solve

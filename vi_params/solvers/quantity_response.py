@@ -73,7 +73,8 @@ def quantity_response(
 
     Raises:
         ValueError: the solution is of another family, has no even number of fixed draws, or the
-            quantity has no numbers.
+            quantity has no numbers; data that are a batch.
+        TypeError: `solution` is none.
 
     Example:
         >>> precision = jnp.array([[2.0, 0.9], [0.9, 1.0]])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from vi_params._cache import program
 from vi_params._check import require_count, require_key, require_positive
 from vi_params._compile import Quick
-from vi_params._over import over_lanes
+from vi_params._over import lanes_at_once, over_lanes
 from vi_params.guide import Guide
 from vi_params.guides.starts import start_vector
 from vi_params.noise import moment_matched
@@ -24,6 +24,7 @@ from vi_params.solvers.start import (
     Given,
     data_of,
     first_finite,
+    fixed,
     given_gaussian,
     is_gaussian,
     lane_radii,
@@ -89,7 +90,7 @@ def first_given(target: Target, init: Any, where: str) -> tuple[Given | None, An
     if is_gaussian(target, init):
         return given_gaussian(target, init, where), None
     require_model(target, {}, where)
-    return None, init
+    return None, fixed(init)
 
 
 def _build(
@@ -148,7 +149,7 @@ def gaussian_start(target: Target, init: Any) -> Callable[[jax.Array, Any], Give
         size = dim + sum(leaf.size for leaf in jax.tree.leaves(data))
         draws = moment_matched().draw(jax.random.fold_in(key, FIRST_LANES), FIRST_DRAWS, dim)
         free_energy = fixed_draws(
-            lambda u, theta: density(u, {}, data), draws, FIRST_LANES * size, num_model=0
+            lambda u, theta: density(u, {}, data), draws, lanes_at_once(FIRST_LANES) * size, 0
         )
 
         def lane(at: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

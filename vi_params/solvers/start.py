@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from vi_params._check import explain, require_instance, require_names, require_positive
@@ -46,9 +47,9 @@ def data_of(target: Target, data: Any) -> Any:
     """
     require_instance(target, Target, "vi.target or vi.from_numpyro", "target")
     sizes = {plate: (n, target.plates[plate]) for plate, n in target.streamed.items()}
-    batches = {plate: f"{n} of {all_} rows" for plate, (n, all_) in sizes.items() if n < all_}
     if isinstance(data, Batch):
-        batches = {plate: f"{jnp.size(rows)} rows" for plate, rows in data.index.items()}
+        sizes |= {plate: (jnp.size(i), target.plates.get(plate)) for plate, i in data.index.items()}
+    batches = {plate: f"{n} of {all_} rows" for plate, (n, all_) in sizes.items() if n != all_}
     if batches:
         raise ValueError(
             explain(
@@ -106,6 +107,14 @@ def first_finite(
         attempt,
         (jnp.int32(0), blank, jnp.bool_(False)),
     )[1]
+
+
+def fixed(init: Any) -> Any:
+    """What `init` says now: values of a mapping as arrays that nobody writes into."""
+    if not isinstance(init, Mapping):
+        return init
+    changing = (np.ndarray, np.generic, list, tuple)
+    return {n: jnp.array(x) if isinstance(x, changing) else x for n, x in init.items()}
 
 
 def is_gaussian(target: Target, init: Any) -> bool:

@@ -132,8 +132,8 @@ def svgd(
         `Particles`.
 
     Raises:
-        ValueError: num_particles or max_steps < 1, tolerance <= 0, a start outside its support, or
-            a target with parameters of its own and no values for them.
+        ValueError: num_particles or max_steps < 1, tolerance <= 0, a start outside its support, a
+            target with parameters of its own and no values for them, or data that are a batch.
         KeyError: `init` or `data` hold unknown names, or `data` lack one.
         TypeError: `key` is not a typed key, or `kernel` is no kernel.
 
@@ -245,5 +245,5 @@ def _build(
 
 def _positive(bandwidth: float | None) -> float | None:
     if bandwidth is not None:
-        require_positive(bandwidth, "bandwidth", "vi.solvers, kernel")
+        require_positive(bandwidth, "bandwidth", "kernel", "None is the median heuristic")
     return bandwidth

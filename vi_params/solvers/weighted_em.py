@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from vi_params._tree import all_finite, where_tree
-from vi_params.guides.active_mixture import Across, Parts, log_normals
+from vi_params.guides.active_mixture import Across, Parts, exact, log_normals
 from vi_params.guides.mixture import Components, log_terms
 
 SWEEPS = 3
@@ -84,7 +84,7 @@ def weighted_em(now: Parts, y: jax.Array, weights: jax.Array, df: int) -> Parts:
             weight = jnp.maximum(weight, jnp.finfo(y.dtype).eps)
             return Parts(Components(weight, loc, root), across)
 
-        new = lax.map(one, (rho, gamma, rho @ b, rho @ b**2, now))
+        new = lax.map(one, (rho, gamma, exact(rho, b), exact(rho, b**2), now))
         total = jnp.sum(new.along.weights)
         return new._replace(along=new.along._replace(weights=new.along.weights / total))
 
