@@ -83,7 +83,7 @@ from vi_params.solvers import (
     quantity_response,
 )
 from vi_params.svi import SVI, Info, Start, State, run, svi
-from vi_params.target import FlatTarget, Minibatch, Target, flat, minibatch, target
+from vi_params.target import FlatTarget, Minibatch, Target, flat, minibatch, recentred, target
 
 __all__ = [
     "SVI",
@@ -156,6 +156,7 @@ __all__ = [
     "objectives",
     "put_rows",
     "quantity_response",
+    "recentred",
     "renyi",
     "resample",
     "reweighted_wake_sleep",

@@ -11,6 +11,7 @@ from vi_params._check import explain, require_count, require_key
 from vi_params._table import Table
 from vi_params.approximation.ahead import compile_usual
 from vi_params.approximation.candidate import Candidate, best_of, judged, with_wide_tails
+from vi_params.approximation.centring import non_centred, suited
 from vi_params.approximation.flow import can_flow, flowed
 from vi_params.approximation.polish import can_polish
 from vi_params.approximation.polish import polish as polished
@@ -23,7 +24,7 @@ from vi_params.solvers.merge import merge
 from vi_params.solvers.optima import distinct
 from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus
 from vi_params.solvers.start import data_of
-from vi_params.target import Target, flat, whole
+from vi_params.target import Target, flat, recentring, whole
 
 GUIDE = "guide"
 """What the guide's parameters are called."""
@@ -108,12 +109,16 @@ def approximate(
     require_count(lanes, "lanes", "approximate")
     target = _usable(whole(target))
     keys = (jax.random.fold_in(key, i) for i in itertools.count())
+    given, target = target, recentring(target) or target
+    centring = non_centred(target)
     if flat(target).dim <= DENSE:
-        compile_usual(target, key, data, lanes, BATCH)
+        compile_usual(target, key, data, centring, lanes, BATCH)
+    if centring:
+        centring = suited(target, next(keys), data, lanes)
 
     first = next(keys)
-    solution, modes = _respond(target, first, data, lanes)
-    _require_valid(target, first, solution, data)
+    solution, modes = _respond(target, first, data, centring, lanes)
+    _require_valid(given, first, solution, data)
     wide = with_wide_tails(target, solution)
     candidates = [judged("linear response", target, wide, keys, data, BATCH)]
     if len(modes) > 1:
@@ -127,7 +132,7 @@ def approximate(
     if flow and not best.is_trustworthy and can_flow(candidates[0]):
         candidates.append(flowed(target, candidates[0], keys, data))
         best = best_of(candidates)
-    return _conclude(target, candidates, best, data)
+    return _conclude(given, target, candidates, best, data)
 
 
 def _usable(target: Target) -> Target:
@@ -157,12 +162,12 @@ def _usable(target: Target) -> Target:
 
 
 def _respond(
-    target: Target, key: jax.Array, data: Any, lanes: int
+    target: Target, key: jax.Array, data: Any, fixed: Any, lanes: int
 ) -> tuple[Solution, list[Solution]]:
     """The best solution with linear response, and that of every distinct optimum."""
     num_draws, rank = None, None if flat(target).dim <= DENSE else RANK
     for _ in range(1 + DOUBLINGS):
-        solution = deterministic(target, key, data, lanes=lanes, num_draws=num_draws)
+        solution = deterministic(target, key, data, lanes=lanes, num_draws=num_draws, fixed=fixed)
         best = linear_response(target, solution, data, rank=rank)
         if not float(best.info.sampling_error) > TOLERABLE:
             break
@@ -177,7 +182,7 @@ def _respond(
 
 
 def _conclude(
-    target: Target, candidates: list[Candidate], best: Candidate, data: Any
+    target: Target, coordinates: Target, candidates: list[Candidate], best: Candidate, data: Any
 ) -> Approximation:
     """The best candidate, with its verdict beside what else was tried."""
     rows = tuple(
@@ -189,8 +194,11 @@ def _conclude(
         )
         for one in candidates
     )
+    # Beside the target as it was given, the centring is the guide's.
+    own = {n: x for n, x in coordinates.declared.items() if n not in target.declared}
+    guide = best.solution.guide
     return Approximation(
-        guide=best.solution.guide,
+        guide=guide._replace(declared={**guide.declared, **own}) if own else guide,
         params=best.solution.params,
         diagnosis=best.diagnosis,
         trustworthy=best.is_trustworthy,
@@ -198,6 +206,7 @@ def _conclude(
         verdict=_verdict(best, candidates[0].solution.info),
         table=Table(("approximation", "k-hat", "ESS %", "log evidence"), rows),
         target=target,
+        coordinates=coordinates,
         data=data,
     )
 

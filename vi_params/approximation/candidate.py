@@ -33,15 +33,13 @@ class Candidate(NamedTuple):
         solution: the guide and its parameters.
         diagnosis: the worse of two judgements by independent draws: one can be lucky.
         drawn: the draws of the first.
-        limit: the k-hat below which it is good enough,
-        enough: and the share of effective draws above which it is.
+        enough: the share of effective draws above which it is good enough.
     """
 
     name: str
     solution: Solution
     diagnosis: Diagnosis
     drawn: Weighted
-    limit: float
     enough: float = ENOUGH
 
     @property
@@ -57,7 +55,7 @@ class Candidate(NamedTuple):
     @property
     def is_good(self) -> bool:
         """Whether there is nothing left to gain."""
-        return self.k_hat < self.limit and self.share > self.enough
+        return self.k_hat < GOOD_K_HAT and self.share > self.enough
 
     @property
     def is_trustworthy(self) -> bool:
@@ -77,7 +75,7 @@ def judged(
     weighted = judge(target, solution.guide, num_draws, data)
     draws = [weighted(solution.params, next(keys), data) for _ in range(2)]
     judgements = [jax.device_get(diagnosis) for _, diagnosis in draws]
-    return Candidate(name, solution, worse(*judgements), draws[0][0], threshold(num_draws))
+    return Candidate(name, solution, worse(*judgements), draws[0][0])
 
 
 def is_reliable(diagnosis: Diagnosis) -> bool:
@@ -117,9 +115,9 @@ def _wide_tailed(target: Target, name: str) -> Guide:
 
 
 def best_of(candidates: list[Candidate]) -> Candidate:
-    """Of those to be trusted the most effective; else the one whose weights have the lightest tail,
-    and among light ones the most effective."""
+    """Of those to be trusted the most effective one, a light tail first; else the one whose weights
+    have the lightest tail, and among light ones the most effective."""
     trusted = [one for one in candidates if one.is_trustworthy]
     if trusted:
-        return max(trusted, key=lambda one: one.share)
+        return max(trusted, key=lambda one: (one.k_hat < GOOD_K_HAT, one.share))
     return min(candidates, key=lambda one: (max(one.k_hat, GOOD_K_HAT), -one.share))

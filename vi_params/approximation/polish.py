@@ -14,7 +14,6 @@ from vi_params.approximation.result import judge, resampled
 from vi_params.solvers.linear_response import gradients
 from vi_params.solvers.mixture_families import slopes_at
 from vi_params.solvers.population_monte_carlo import (
-    GOOD_K_HAT,
     GOOD_SHARE,
     Population,
     population,
@@ -78,7 +77,7 @@ def polish(target: Target, start: Candidate, keys: Iterator[jax.Array], data: An
         drawn, diagnosis = weighted(params, next(keys), data)
         solution = start.solution._replace(guide=rounds.guide, params=params)
         diagnosis = jax.device_get(diagnosis)
-        return Candidate(POLISHED, solution, diagnosis, drawn, GOOD_K_HAT, GOOD_SHARE)
+        return Candidate(POLISHED, solution, diagnosis, drawn, GOOD_SHARE)
 
     tried: list[Candidate] = []
     params, made = begin(params, key, start.drawn, slopes), 0

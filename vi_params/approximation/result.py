@@ -19,7 +19,7 @@ from vi_params.diagnostics.diagnose import Diagnosis, judged
 from vi_params.guide import Guide
 from vi_params.importance import Weighted, at_once, weigh
 from vi_params.params import constrain
-from vi_params.target import Target, split_vector
+from vi_params.target import EMPTY, Target, flat, split_vector
 
 BLOCK = 500
 """For how many draws deterministic sites are computed at once."""
@@ -62,6 +62,8 @@ class Approximation:
         verdict: the judgement in words.
         table: what was tried, one row an approximation.
         target: what was approximated.
+        coordinates: the same over the unconstrained vector that the guide is a density of: a
+            hierarchy may have other coordinates there (`vi.recentred`).
         data: the data it was approximated for.
     """
 
@@ -73,6 +75,7 @@ class Approximation:
     verdict: str
     table: Table
     target: Target
+    coordinates: Target
     data: Any
 
     def draws(self, key: jax.Array, num_draws: int) -> dict[str, jax.Array]:
@@ -127,7 +130,9 @@ class Approximation:
         """
         require_key(key, "Approximation.nuts_start")
         require_count(num_chains, "num_chains", "Approximation.nuts_start")
-        _, position = self._choose(key, max(STARTS, num_chains))
+        latents, position = self._choose(key, max(STARTS, num_chains))
+        if self.coordinates is not self.target:
+            position = program(_positions, self.target)(self.params, latents, self.data)
         centred = position - position.mean(0)
         covariance = centred.T @ centred / len(position)
         # Few distinct draws can lie in a plane: a little of the diagonal keeps the matrix regular.
@@ -148,7 +153,7 @@ class Approximation:
         batches = min(MOST_BATCHES, math.ceil(num_draws / fresh))
         batches = max(batches, math.ceil(num_draws / size))
         each = math.ceil(num_draws / batches)
-        draw = judge(self.target, self.guide, size, self.data)
+        draw = judge(self.coordinates, self.guide, size, self.data)
         parts = []
         for i in range(batches):
             propose, choose = (jax.random.fold_in(key, 2 * i + j) for j in range(2))
@@ -171,6 +176,7 @@ class Approximation:
 def judge(target: Target, guide: Guide, num_draws: int, data: Any) -> Quick:
     """`(params, key, data) -> (Weighted, Diagnosis)` of a batch of draws, compiled once."""
     is_short = at_once(num_draws, target, data) == num_draws
+    guide = guide._replace(declared=EMPTY)  # what it declares, besides, makes no other program
     return program(_judge, target, guide, num_draws, is_short)
 
 
@@ -197,6 +203,15 @@ def resampled(key: jax.Array, log_weights: jax.Array) -> np.ndarray:
 def _joined(parts: list[Any], num_rows: int) -> Any:
     """The first rows of several trees of arrays, one after the other."""
     return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:num_rows], *parts)
+
+
+def _positions(target: Target) -> Quick:
+    @Quick
+    def compiled(params: Any, latents: Any, data: Any) -> jax.Array:
+        values = constrain(target.declared, pick(params, target.declared))
+        return over(lambda one: flat(target).unconstrain(one, values, data), latents)
+
+    return compiled
 
 
 def _deterministic(target: Target) -> Callable[..., dict[str, jax.Array]]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from vi_params._cache import program
-from vi_params._check import explain, require_count, require_key
+from vi_params._check import explain, require_count, require_key, require_names
 from vi_params._compile import Quick
 from vi_params._over import lanes_at_once, over_lanes
 from vi_params.guide import Guide
@@ -28,9 +28,9 @@ from vi_params.params.declare import Declared
 from vi_params.params.maps import abstract_params
 from vi_params.solvers.fixed_draws import Response, fixed_draws, units
 from vi_params.solvers.solution import Solution, SolverInfo
-from vi_params.solvers.start import data_of, fixed, lane_radii, nats
+from vi_params.solvers.start import data_of, lane_radii, nats, unchanging
 from vi_params.solvers.trust_region import minimise
-from vi_params.target import Target, flat, whole
+from vi_params.target import EMPTY, Target, flat, whole
 
 FEWEST = 32
 """The smallest number of draws chosen by default."""
@@ -52,6 +52,7 @@ def deterministic(
     noise: Noise | None = None,
     lanes: int = 4,
     init: Any = None,
+    fixed: Any = None,
     tolerance: float | None = None,
     max_steps: int = 200,
     name: str = "guide",
@@ -74,6 +75,7 @@ def deterministic(
         lanes: from how many starts, the first the family's own, the next ones drawn in towards
             zero, in unconstrained coordinates.
         init: where the first lane starts, as in `vi.guides.mean_field`.
+        fixed: those of the target's own parameters that stay as they are, unconstrained, by name.
         tolerance: stop after a Newton step promising less than this, in nats; by default 1e-6 in
             float64 and 1e-5 in float32.
         max_steps: how many steps a lane tries at most.
@@ -85,7 +87,7 @@ def deterministic(
     Raises:
         ValueError: lanes, num_draws or max_steps < 1, an odd num_draws, tolerance <= 0, a start
             outside its support, or data that are a batch of rows.
-        KeyError: `init` or `data` hold unknown names, or `data` lack one.
+        KeyError: `init`, `fixed` or `data` hold unknown names, or `data` lack one.
         TypeError: `key` is not a typed key, or `target` is no target.
 
     Example:
@@ -99,8 +101,14 @@ def deterministic(
     """
     data = data_of(target, data)
     require_key(key, "solvers.deterministic")
-    guide, solve = prepared(target, num_draws, noise, lanes, init, tolerance, max_steps, name)
-    return Solution(guide, *solve(key, data))
+    fixed = dict(fixed or {})
+    require_names(
+        list(fixed), list(target.declared), what="parameters", where="fixed", complete=False
+    )
+    guide, solve = prepared(
+        target, num_draws, noise, lanes, init, tolerance, max_steps, name, tuple(sorted(fixed))
+    )
+    return Solution(guide, *solve(key, data, fixed))
 
 
 def prepared(
@@ -112,8 +120,10 @@ def prepared(
     tolerance: float | None = None,
     max_steps: int = 200,
     name: str = "guide",
+    fixed: tuple[str, ...] = (),
 ) -> tuple[Guide, Quick]:
-    """The guide, and the program `(key, data) -> the fields of the Solution after its guide`."""
+    """The guide, and the program `(key, data, fixed) -> the fields of the Solution after its
+    guide`, for fixed parameters of these names."""
     require_count(lanes, "lanes", "solvers.deterministic")
     require_count(max_steps, "max_steps", "solvers.deterministic")
     target = whole(target)
@@ -132,7 +142,7 @@ def prepared(
         )
     tolerance = nats(tolerance, "solvers.deterministic")
     scheme = noise or (orthogonal() if dim <= FULL_FRAME else moment_matched())
-    alike = scheme, fixed(init)
+    alike = scheme, unchanging(init), fixed
     return program(_build, target, num_draws, lanes, tolerance, max_steps, name, alike=alike)
 
 
@@ -145,17 +155,18 @@ def _build(
     name: str,
     scheme: Noise,
     init: Any,
+    fixed_names: tuple[str, ...],
 ) -> tuple[Guide, Quick]:
     guide = mean_field(target, init=init, name=name)
-    layout = Layout(target, guide)
+    layout = Layout(target, guide, fixed_names)
     radii = lane_radii(lanes)
     entropy = 0.5 * layout.dim * (1 + math.log(2 * math.pi))
 
     @Quick
-    def solve(key: jax.Array, data: Any) -> tuple:
+    def solve(key: jax.Array, data: Any, fixed: Any) -> tuple:
         draws = scheme.draw(jax.random.fold_in(key, lanes), num_draws, layout.dim)
         f = fixed_draws(
-            layout.log_density(data),
+            layout.log_density(data, fixed),
             draws,
             lanes_at_once(lanes) * layout.size(data),
             layout.num_model,
@@ -180,7 +191,7 @@ def _build(
             lane_statuses=found.status,
             sampling_error=jnp.full((), jnp.nan, found.value.dtype),
         )
-        params = jax.vmap(layout.params)(found.x)
+        params = jax.vmap(lambda x: {**fixed, **layout.params(x)})(found.x)
         responses = None
         if isinstance(found.curvature, Response):
             hessian, scores, slopes = found.curvature
@@ -195,14 +206,16 @@ def _build(
 class Layout:
     """How the parameters of target and mean-field guide lie in one vector (m, w, theta)."""
 
-    def __init__(self, target: Target, guide: Guide) -> None:
-        """Reads names and shapes off the declarations."""
+    def __init__(self, target: Target, guide: Guide, fixed: tuple[str, ...] = ()) -> None:
+        """Reads names and shapes off the declarations, but for parameters that are fixed."""
         (self.name,) = guide.declared
         self.target = target
-        self.declared: Declared = joint_declared(target, guide)
+        joint = joint_declared(target, guide)
+        self.declared: Declared = {n: joint[n] for n in joint if n not in fixed}
+        self.free = {n: target.declared[n] for n in target.declared if n not in fixed}
         self.flat = flat(target)
         self.dim = self.flat.dim
-        model = abstract_params(target.declared)
+        model = abstract_params(self.free)
         blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), model)
         self.num_model = sum(leaf.size for leaf in jax.tree.leaves(model))
         self.unravel = ravel_pytree(blank)[1] if self.num_model else lambda theta: {}
@@ -212,7 +225,7 @@ class Layout:
         own = params[self.name]
         parts = [own["loc"], own["scale"]]
         if self.num_model:  # old versions of JAX ravel nothing into a scalar
-            parts.append(ravel_pytree({key: params[key] for key in self.target.declared})[0])
+            parts.append(ravel_pytree({key: params[key] for key in self.free})[0])
         return jnp.concatenate(parts)
 
     def params(self, x: jax.Array) -> dict[str, Any]:
@@ -224,11 +237,11 @@ class Layout:
         """The unit of every parameter, of (m, w) alone too."""
         return units(x, self.dim)
 
-    def log_density(self, data: Any) -> Any:
-        """`(u, theta) -> scalar`."""
+    def log_density(self, data: Any, fixed: Any = EMPTY) -> Any:
+        """`(u, theta) -> scalar`, at the parameters that are fixed."""
 
         def at(u: jax.Array, theta: jax.Array) -> jax.Array:
-            values = constrain(self.target.declared, self.unravel(theta))
+            values = constrain(self.target.declared, {**self.unravel(theta), **fixed})
             return self.flat.log_density(u, values, data)
 
         return at

@@ -27,7 +27,7 @@ from vi_params.guides.starts import start_vector
 from vi_params.params import init_params, unconstrain
 from vi_params.solvers.curvature import along
 from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus
-from vi_params.solvers.start import data_of, first_finite, fixed, lane_radii, log_density, nats
+from vi_params.solvers.start import data_of, first_finite, lane_radii, log_density, nats, unchanging
 from vi_params.solvers.trust_region import Minimum, matrix_free, minimise
 from vi_params.target import Target, flat
 
@@ -107,7 +107,9 @@ def laplace(
     require_count(lanes, "lanes", "solvers.laplace")
     require_count(max_steps, "max_steps", "solvers.laplace")
     tolerance = nats(tolerance, "solvers.laplace")
-    guide, solve = program(_build, target, lanes, tolerance, max_steps, name, alike=(fixed(init),))
+    guide, solve = program(
+        _build, target, lanes, tolerance, max_steps, name, alike=(unchanging(init),)
+    )
     params, info = solve(key, data)
     return Solution(guide, params, info, jnp.zeros((0, flat(target).dim)))
 

@@ -24,7 +24,7 @@ from vi_params.guides.starts import start_vector
 from vi_params.params import unconstrain
 from vi_params.solvers.inverse_hessian import Root, empty, extend, root
 from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus
-from vi_params.solvers.start import data_of, first_finite, fixed, log_density, model_from
+from vi_params.solvers.start import data_of, first_finite, log_density, model_from, unchanging
 from vi_params.target import Target, flat
 
 HISTORY = 6
@@ -139,7 +139,7 @@ def pathfinder(
     for what, count in counts.items():
         require_count(count, what, where)
     model, init = model_from(target, init, where)
-    guide, solve = program(_build, target, *counts.values(), name, alike=(fixed(init),))
+    guide, solve = program(_build, target, *counts.values(), name, alike=(unchanging(init),))
     params, info = solve(key, model, data)
     return Solution(guide, params, info, jnp.zeros((0, flat(target).dim)))
 

@@ -24,12 +24,12 @@ from vi_params.solvers.start import (
     Given,
     data_of,
     first_finite,
-    fixed,
     given_gaussian,
     is_gaussian,
     lane_radii,
     log_density,
     require_model,
+    unchanging,
 )
 from vi_params.solvers.trust_region import minimise
 from vi_params.target import Target, flat
@@ -90,7 +90,7 @@ def first_given(target: Target, init: Any, where: str) -> tuple[Given | None, An
     if is_gaussian(target, init):
         return given_gaussian(target, init, where), None
     require_model(target, {}, where)
-    return None, fixed(init)
+    return None, unchanging(init)
 
 
 def _build(

@@ -109,7 +109,7 @@ def first_finite(
     )[1]
 
 
-def fixed(init: Any) -> Any:
+def unchanging(init: Any) -> Any:
     """What `init` says now: values of a mapping as arrays that nobody writes into."""
     if not isinstance(init, Mapping):
         return init

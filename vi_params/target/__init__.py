@@ -12,8 +12,10 @@ from vi_params.target.core import (
 from vi_params.target.flat import FlatTarget, flat, ravel, split_vector
 from vi_params.target.minibatch import Minibatch, minibatch
 from vi_params.target.plain import target
+from vi_params.target.recentred import CENTRING, recentred, recentring
 
 __all__ = [
+    "CENTRING",
     "EMPTY",
     "FlatTarget",
     "Minibatch",
@@ -22,6 +24,8 @@ __all__ = [
     "flat",
     "minibatch",
     "ravel",
+    "recentred",
+    "recentring",
     "require_draw",
     "require_latents",
     "shape_at",

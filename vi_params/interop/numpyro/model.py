@@ -6,16 +6,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from numpyro import handlers
-from numpyro.distributions import biject_to
 from numpyro.infer.util import compute_log_probs
 
-from vi_params._check import explain, require_names
-from vi_params.batches.batch import row_scale, split
+from vi_params._check import explain
+from vi_params.batches.batch import split
 from vi_params.interop.numpyro.call import bind, blaming_shapes
+from vi_params.interop.numpyro.coordinates import coordinates
 from vi_params.interop.numpyro.discover import LOCK, discover, trace
 from vi_params.interop.numpyro.discrete import finite
 from vi_params.interop.numpyro.enumeration import sum_out
 from vi_params.interop.numpyro.plates import with_rows
+from vi_params.interop.numpyro.recentre import recentred
 from vi_params.interop.numpyro.simulate import simulator
 from vi_params.interop.numpyro.sites import sites_of
 from vi_params.sites import Site
@@ -130,37 +131,7 @@ def from_numpyro(
             if site["type"] == "deterministic" and not (summed and name in summed.dependents)
         }
 
-    def constrain(values: Any, u: Any, data: Any) -> tuple[dict[str, jax.Array], jax.Array]:
-        def forward(site: Any) -> Any:
-            if site["type"] == "sample" and site["name"] in u:
-                return biject_to(site["fn"].support)(u[site["name"]])
-            return None
-
-        program, args, kwargs = at(data)
-        fixed = handlers.substitute(program, data=dict(values))
-        sites = trace(handlers.substitute(fixed, substitute_fn=forward), args, kwargs)
-        latents = {name: sites[name]["value"] for name in names}
-        log_dets = [
-            row_scale(found.latents[name].plates, jnp.shape(u[name]), found.plates)
-            * jnp.sum(_transform(sites[name]).log_abs_det_jacobian(u[name], latents[name]))
-            for name in names
-        ]
-        return latents, sum(log_dets, start=jnp.zeros(()))
-
-    def unconstrain(values: Any, latents: Any, data: Any) -> dict[str, jax.Array]:
-        require_names(list(latents), names, what="latents", where="unconstrain")
-        sites = run({**values, **latents}, data)
-        return {name: _transform(sites[name]).inv(latents[name]) for name in names}
-
-    def start(strategy: Callable, key: jax.Array) -> dict[str, jax.Array]:
-        program, args, kwargs = at(call.data)
-        seeded = handlers.substitute(handlers.seed(program, key), substitute_fn=strategy)
-        sites = trace(seeded, args, kwargs)
-        return {
-            name: _transform(sites[name]).inv(jnp.asarray(sites[name]["value"], float))
-            for name in names
-        }
-
+    maps = coordinates(at, call, found)
     dynamic = any(latent.is_dynamic for latent in found.latents.values())
     target = build(
         log_density,
@@ -168,19 +139,19 @@ def from_numpyro(
         declared=found.declared,
         data=call.data,
         deterministic=deterministic,
-        start=start,
+        start=maps.start,
         plates=found.plates,
         subsample={n: size for n, size in found.subsample.items() if n not in found.streamed},
         streamed=found.streamed,
         terms=terms,
         sites=sites if summed is None else None,
-        constrain=constrain if dynamic else None,
-        unconstrain=unconstrain if dynamic else None,
+        constrain=maps.constrain if dynamic else None,
+        unconstrain=maps.unconstrain if dynamic else None,
         infer_discrete=None if summed is None else summed.infer,
     )
-    plain = summed is None and not found.subsample
-    return target._replace(simulate=simulator(model, call, names)) if plain else target
-
-
-def _transform(site: Mapping[str, Any]) -> Any:
-    return biject_to(site["fn"].support)
+    if summed is not None or found.subsample:
+        return target
+    return target._replace(
+        simulate=simulator(model, call, names),
+        recentre=lambda: recentred(target, at, call, found),
+    )

@@ -1,0 +1,53 @@
+"""In which coordinates a hierarchy is approximated: how far it is centred, by a pilot.
+
+In non-centred coordinates the prior of a latent has scale one, and the scale s that mean-field
+finds for it is that of its posterior given all else: 1 - s^2 is the share of what is known of it
+that comes from the data. That is the centring at which, in a normal model, the latent no longer
+depends on its location and scale. Papaspiliopoulos, Roberts and Skold (2007), A general framework
+for the parametrization of hierarchical models, Statistical Science 22(1), section 2.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vi_params.params import unconstrain
+from vi_params.solvers.deterministic import deterministic
+from vi_params.solvers.solution import own_name
+from vi_params.target import CENTRING, Target, split_vector
+
+EDGE = 1e-3
+"""How close to zero and one a centring may be."""
+
+
+def non_centred(target: Target) -> dict[str, Any]:
+    """The parameters of the non-centred coordinates; none where the target has no centring."""
+    if CENTRING not in target.declared:
+        return {}
+    declared = target.declared[CENTRING]
+    return _params(target, {n: np.zeros(param.init.shape) for n, param in declared.items()})
+
+
+def suited(target: Target, key: jax.Array, data: Any, lanes: int) -> dict[str, Any]:
+    """The parameters of the coordinates that suit the data.
+
+    Args:
+        target: in coordinates with a centring, no plate of it subsampled.
+        key: a typed random key, of the pilot.
+        data: the data.
+        lanes: from how many starts.
+    """
+    pilot = deterministic(target, key, data, lanes=lanes, fixed=non_centred(target))
+    own = pilot.params[own_name(pilot.guide, "approximate")]
+    # A pilot that failed says nothing: half centred.
+    variances = jnp.nan_to_num(jnp.exp(2 * own["scale"]), nan=0.5)
+    parts = split_vector(target, variances)
+    return _params(target, {n: 1 - np.asarray(parts[n]) for n in target.declared[CENTRING]})
+
+
+def _params(target: Target, centring: dict[str, np.ndarray]) -> dict[str, Any]:
+    declared = {CENTRING: target.declared[CENTRING]}
+    inside = {name: np.clip(c, EDGE, 1 - EDGE) for name, c in centring.items()}
+    return unconstrain(declared, {CENTRING: inside})
