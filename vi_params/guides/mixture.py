@@ -172,7 +172,7 @@ def log_terms(components: Components, u: jax.Array, df: int | None) -> tuple[jax
         return jax.scipy.linalg.solve_triangular(scale_tril, identity, lower=True)
 
     def one(loc: jax.Array, scale_tril: jax.Array, inverse: jax.Array) -> tuple:
-        squared = jnp.sum((inverse @ (u - loc)) ** 2)
+        squared = jnp.sum(((u - loc) @ inverse.T) ** 2)
         log_det = jnp.sum(jnp.log(jnp.diagonal(scale_tril)))
         if df is None:
             return -0.5 * (squared + dim * math.log(2 * math.pi)) - log_det, squared

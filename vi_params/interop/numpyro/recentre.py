@@ -124,7 +124,7 @@ def _with_latent_scales(target: Target, at: At) -> list[str]:
     return [name for name, is_moved in moved.items() if is_moved]
 
 
-def _location_scale(site: Mapping[str, Any]) -> tuple[jax.Array, jax.Array] | None:
+def _location_scale(site: Mapping[str, Any]) -> tuple[Any, Any] | None:
     """The location and scale of a site's prior; None where it has none. (The steps of a scan, which
     are one array outside of it, are left alone.)"""
     fn: Any = site["fn"]
