@@ -6,8 +6,8 @@ from typing import Any
 import jax
 
 from vi_params.approximation.candidate import wide_tailed
+from vi_params.approximation.optima import programs
 from vi_params.approximation.result import judge
-from vi_params.solvers.deterministic import prepared as prepared_solver
 from vi_params.solvers.linear_response import prepared as prepared_response
 from vi_params.target import Target
 
@@ -25,11 +25,12 @@ def compile_usual(
         lanes: as `vi.solvers.deterministic` takes them.
         num_draws: by how many draws it is judged.
     """
-    mean_field, solve = prepared_solver(target, lanes=lanes, fixed=tuple(sorted(fixed)))
+    mean_field, scout, solve = programs(target, lanes, fixed)
     (name,) = mean_field.declared
     _, expand, respond = prepared_response(target, name)
     with ThreadPoolExecutor() as pool:
-        params, info, draws, response, _ = solve.ahead(pool, key, data, fixed)
+        start = scout and scout.ahead(pool, key, data, fixed, None)[0]
+        params, info, draws, response, _ = solve.ahead(pool, key, data, fixed, start)
         if response is None:
             response = expand.ahead(pool, params, draws, data)
         params, _ = respond.ahead(pool, params, info, response)

@@ -13,6 +13,7 @@ from vi_params.approximation.ahead import compile_usual
 from vi_params.approximation.candidate import Candidate, best_of, judged, with_wide_tails
 from vi_params.approximation.centring import non_centred, suited
 from vi_params.approximation.flow import can_flow, flowed
+from vi_params.approximation.optima import optima
 from vi_params.approximation.polish import can_polish
 from vi_params.approximation.polish import polish as polished
 from vi_params.approximation.result import Approximation
@@ -21,7 +22,6 @@ from vi_params.diagnostics.diagnose import threshold
 from vi_params.solvers.deterministic import deterministic
 from vi_params.solvers.linear_response import linear_response
 from vi_params.solvers.merge import merge
-from vi_params.solvers.optima import distinct
 from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus
 from vi_params.solvers.start import data_of
 from vi_params.target import Target, flat, recentring, whole
@@ -117,9 +117,9 @@ def approximate(
         centring = suited(target, next(keys), data, lanes)
 
     first = next(keys)
-    solution, modes = _respond(target, first, data, centring, lanes)
-    _require_valid(given, first, solution, data)
-    wide = with_wide_tails(target, solution)
+    modes = _respond(target, first, data, centring, lanes)
+    _require_valid(given, first, modes[0], data)
+    wide = with_wide_tails(target, modes[0])
     candidates = [judged("linear response", target, wide, keys, data, BATCH)]
     if len(modes) > 1:
         merged = merge(target, modes, next(keys), data, num_draws=BATCH)
@@ -161,24 +161,20 @@ def _usable(target: Target) -> Target:
     return target
 
 
-def _respond(
-    target: Target, key: jax.Array, data: Any, fixed: Any, lanes: int
-) -> tuple[Solution, list[Solution]]:
-    """The best solution with linear response, and that of every distinct optimum."""
-    num_draws, rank = None, None if flat(target).dim <= DENSE else RANK
-    for _ in range(1 + DOUBLINGS):
-        solution = deterministic(target, key, data, lanes=lanes, num_draws=num_draws, fixed=fixed)
-        best = linear_response(target, solution, data, rank=rank)
+def _respond(target: Target, key: jax.Array, data: Any, fixed: Any, lanes: int) -> list[Solution]:
+    """A solution with linear response for every distinct optimum, the best first."""
+    rank = None if flat(target).dim <= DENSE else RANK
+    first, *others = optima(target, key, data, fixed, lanes)
+    best = linear_response(target, first, data, rank=rank)
+    for _ in range(DOUBLINGS):
         if not float(best.info.sampling_error) > TOLERABLE:
             break
-        num_draws = 2 * len(solution.noise)
-    modes = [best]
-    for i in distinct(solution):
-        lane = jax.tree.map(lambda leaf, i=i: leaf[i], solution.lanes)
-        info = solution.info._replace(status=solution.info.lane_statuses[i])
-        other = solution._replace(params=lane[0], info=info, response=lane[1])
-        modes.append(linear_response(target, other, data, rank=rank))
-    return best, modes
+        num_draws = 2 * len(first.noise)
+        first = deterministic(
+            target, key, data, lanes=1, init=first, num_draws=num_draws, fixed=fixed
+        )
+        best = linear_response(target, first, data, rank=rank)
+    return [best, *(linear_response(target, one, data, rank=rank) for one in others)]
 
 
 def _conclude(

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vi_params.approximation.optima import optima
 from vi_params.params import unconstrain
-from vi_params.solvers.deterministic import deterministic
 from vi_params.solvers.solution import own_name
 from vi_params.target import CENTRING, Target, split_vector
 
@@ -39,7 +39,7 @@ def suited(target: Target, key: jax.Array, data: Any, lanes: int) -> dict[str, A
         data: the data.
         lanes: from how many starts.
     """
-    pilot = deterministic(target, key, data, lanes=lanes, fixed=non_centred(target))
+    pilot = optima(target, key, data, non_centred(target), lanes)[0]
     own = pilot.params[own_name(pilot.guide, "approximate")]
     # A pilot that failed says nothing: half centred.
     variances = jnp.nan_to_num(jnp.exp(2 * own["scale"]), nan=0.5)

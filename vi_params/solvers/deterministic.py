@@ -27,7 +27,7 @@ from vi_params.params import constrain, init_params
 from vi_params.params.declare import Declared
 from vi_params.params.maps import abstract_params
 from vi_params.solvers.fixed_draws import Response, fixed_draws, units
-from vi_params.solvers.solution import Solution, SolverInfo
+from vi_params.solvers.solution import Solution, SolverInfo, require_mean_field
 from vi_params.solvers.start import data_of, lane_radii, nats, unchanging
 from vi_params.solvers.trust_region import minimise
 from vi_params.target import EMPTY, Target, flat, whole
@@ -74,7 +74,8 @@ def deterministic(
         noise: their scheme; `vi.noise.orthogonal()`, or `moment_matched()` above dimension 256.
         lanes: from how many starts, the first the family's own, the next ones drawn in towards
             zero, in unconstrained coordinates.
-        init: where the first lane starts, as in `vi.guides.mean_field`.
+        init: where the first lane starts, as in `vi.guides.mean_field`; or a `Solution` of this
+            solver, at other draws perhaps, at whose parameters it starts.
         fixed: those of the target's own parameters that stay as they are, unconstrained, by name.
         tolerance: stop after a Newton step promising less than this, in nats; by default 1e-6 in
             float64 and 1e-5 in float32.
@@ -105,10 +106,14 @@ def deterministic(
     require_names(
         list(fixed), list(target.declared), what="parameters", where="fixed", complete=False
     )
+    start = None
+    if isinstance(init, Solution):
+        own = require_mean_field(init, "solvers.deterministic, init")
+        start, init = {**init.params, name: init.params[own]}, None
     guide, solve = prepared(
         target, num_draws, noise, lanes, init, tolerance, max_steps, name, tuple(sorted(fixed))
     )
-    return Solution(guide, *solve(key, data, fixed))
+    return Solution(guide, *solve(key, data, fixed, start))
 
 
 def prepared(
@@ -122,8 +127,8 @@ def prepared(
     name: str = "guide",
     fixed: tuple[str, ...] = (),
 ) -> tuple[Guide, Quick]:
-    """The guide, and the program `(key, data, fixed) -> the fields of the Solution after its
-    guide`, for fixed parameters of these names."""
+    """The guide, and the program `(key, data, fixed, start) -> the fields of the Solution after its
+    guide`, for fixed parameters of these names and, unless None, a start of the first lane."""
     require_count(lanes, "lanes", "solvers.deterministic")
     require_count(max_steps, "max_steps", "solvers.deterministic")
     target = whole(target)
@@ -163,7 +168,7 @@ def _build(
     entropy = 0.5 * layout.dim * (1 + math.log(2 * math.pi))
 
     @Quick
-    def solve(key: jax.Array, data: Any, fixed: Any) -> tuple:
+    def solve(key: jax.Array, data: Any, fixed: Any, start: Any) -> tuple:
         draws = scheme.draw(jax.random.fold_in(key, lanes), num_draws, layout.dim)
         f = fixed_draws(
             layout.log_density(data, fixed),
@@ -177,6 +182,8 @@ def _build(
             keys = jax.random.split(jax.random.fold_in(key, i), TRIES)
             starts = jax.vmap(lambda key: layout.vector(init_params(layout.declared, key)))(keys)
             starts = starts.at[:, : layout.dim].multiply(radius)
+            if start is not None:
+                starts = starts.at[0].set(jnp.where(i == 0, layout.vector(start), starts[0]))
             return minimise(f, starts, layout.units, tolerance=tolerance, max_steps=max_steps)
 
         found = over_lanes(lane, (jnp.arange(lanes), radii))

@@ -13,13 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.sparse.linalg import cg
 
-from vi_params._check import explain, require_instance
 from vi_params._over import divisor
 from vi_params.guides import mean_field
 from vi_params.solvers.curvature import along
 from vi_params.solvers.deterministic import Layout
 from vi_params.solvers.fixed_draws import BLOCK, loss
-from vi_params.solvers.solution import Solution, SolverStatus, own_name
+from vi_params.solvers.solution import SolverStatus
 from vi_params.target import Target
 
 TOLERANCE = 1e-3
@@ -97,20 +96,3 @@ def judged(status: jax.Array, definite: jax.Array, residual: jax.Array) -> jax.A
     """The status of a solution whose products were found so."""
     solved = jnp.where(residual < ENOUGH, status, SolverStatus.MAX_STEPS)
     return jnp.where(definite, solved, SolverStatus.INDEFINITE)
-
-
-def require_mean_field(solution: Solution, where: str) -> str:
-    """The name of the family of a mean-field solution at antithetic draws."""
-    require_instance(solution, Solution, "vi.solvers.deterministic(...)", where)
-    name = own_name(solution.guide, where)
-    fixed = len(solution.noise)
-    if set(solution.params[name]) != {"loc", "scale"} or fixed == 0 or fixed % 2:
-        raise ValueError(
-            explain(
-                "Linear response starts from a mean-field solution at antithetic draws.",
-                expected="what vi.solvers.deterministic returns",
-                received=f"parameters {sorted(solution.params[name])}, {len(solution.noise)} draws",
-                where=where,
-            )
-        )
-    return name

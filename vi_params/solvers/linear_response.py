@@ -25,9 +25,15 @@ from vi_params.params import unconstrain
 from vi_params.solvers.curvature import along
 from vi_params.solvers.deterministic import Layout
 from vi_params.solvers.fixed_draws import BLOCK, Response, exists, expansion
-from vi_params.solvers.inverse_products import require_mean_field, standard_error
+from vi_params.solvers.inverse_products import standard_error
 from vi_params.solvers.low_rank_response import build_low_rank
-from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus, own_name
+from vi_params.solvers.solution import (
+    Solution,
+    SolverInfo,
+    SolverStatus,
+    own_name,
+    require_mean_field,
+)
 from vi_params.solvers.start import data_of
 from vi_params.target import Target, flat, whole
 

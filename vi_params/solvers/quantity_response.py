@@ -17,10 +17,9 @@ from vi_params.solvers.fixed_draws import split
 from vi_params.solvers.inverse_products import (
     inverse_products,
     judged,
-    require_mean_field,
     standard_error,
 )
-from vi_params.solvers.solution import Solution
+from vi_params.solvers.solution import Solution, require_mean_field
 from vi_params.solvers.start import data_of
 from vi_params.target import Target, flat, whole
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from vi_params._check import explain
+from vi_params._check import explain, require_instance
 from vi_params.guide import Guide
 
 
@@ -124,3 +124,20 @@ class Solution(NamedTuple):
         error = self.info.sampling_error
         told = "" if np.any(np.isnan(error)) else f", sampling error {np.max(error):.3f} sd"
         return f"{self.info.message} after {np.max(self.info.steps)} steps{told}"
+
+
+def require_mean_field(solution: Solution, where: str) -> str:
+    """The name of the family of a mean-field solution at antithetic draws."""
+    require_instance(solution, Solution, "vi.solvers.deterministic(...)", where)
+    name = own_name(solution.guide, where)
+    fixed = len(solution.noise)
+    if set(solution.params[name]) != {"loc", "scale"} or fixed == 0 or fixed % 2:
+        raise ValueError(
+            explain(
+                "A mean-field solution at antithetic draws was expected.",
+                expected="what vi.solvers.deterministic returns",
+                received=f"parameters {sorted(solution.params[name])}, {len(solution.noise)} draws",
+                where=where,
+            )
+        )
+    return name
