@@ -29,7 +29,7 @@ from vi_params.params.maps import abstract_params
 from vi_params.solvers.fixed_draws import Response, fixed_draws, units
 from vi_params.solvers.solution import Solution, SolverInfo, require_mean_field
 from vi_params.solvers.start import data_of, lane_radii, nats, unchanging
-from vi_params.solvers.trust_region import minimise
+from vi_params.solvers.trust_region import Minimum, minimise
 from vi_params.target import EMPTY, Target, flat, whole
 
 FEWEST = 32
@@ -165,7 +165,6 @@ def _build(
     guide = mean_field(target, init=init, name=name)
     layout = Layout(target, guide, fixed_names)
     radii = lane_radii(lanes)
-    entropy = 0.5 * layout.dim * (1 + math.log(2 * math.pi))
 
     @Quick
     def solve(key: jax.Array, data: Any, fixed: Any, start: Any) -> tuple:
@@ -187,25 +186,7 @@ def _build(
             return minimise(f, starts, layout.units, tolerance=tolerance, max_steps=max_steps)
 
         found = over_lanes(lane, (jnp.arange(lanes), radii))
-        best = jnp.argmin(found.value)
-        at_best = jax.tree.map(lambda leaf: leaf[best], found)
-        elbos = jnp.where(jnp.isfinite(found.value), entropy - found.value, jnp.nan)
-        info = SolverInfo(
-            status=at_best.status,
-            elbo=entropy - at_best.value,
-            steps=at_best.steps,
-            lane_elbos=elbos,
-            lane_statuses=found.status,
-            sampling_error=jnp.full((), jnp.nan, found.value.dtype),
-        )
-        params = jax.vmap(lambda x: {**fixed, **layout.params(x)})(found.x)
-        responses = None
-        if isinstance(found.curvature, Response):
-            hessian, scores, slopes = found.curvature
-            both = 2 * layout.dim
-            responses = Response(hessian[:, :both, :both], scores[:, :, :both], slopes)
-        own, response = jax.tree.map(lambda leaf: leaf[best], (params, responses))
-        return own, info, draws, response, (params, responses)
+        return layout.result(found, draws, fixed)
 
     return guide, solve
 
@@ -256,3 +237,25 @@ class Layout:
     def size(self, data: Any) -> int:
         """About how many numbers one evaluation of the log density handles."""
         return self.dim + self.num_model + sum(leaf.size for leaf in jax.tree.leaves(data))
+
+    def result(self, found: Minimum, draws: jax.Array, fixed: Any) -> tuple:
+        """The fields of a `Solution` after its guide, of the minima of all lanes."""
+        entropy = 0.5 * self.dim * (1 + math.log(2 * math.pi))
+        best = jnp.argmin(found.value)
+        at_best = jax.tree.map(lambda leaf: leaf[best], found)
+        info = SolverInfo(
+            status=at_best.status,
+            elbo=entropy - at_best.value,
+            steps=at_best.steps,
+            lane_elbos=jnp.where(jnp.isfinite(found.value), entropy - found.value, jnp.nan),
+            lane_statuses=found.status,
+            sampling_error=jnp.full((), jnp.nan, found.value.dtype),
+        )
+        params = jax.vmap(lambda x: {**fixed, **self.params(x)})(found.x)
+        responses = None
+        if isinstance(found.curvature, Response):
+            hessian, scores, slopes = found.curvature
+            both = 2 * self.dim
+            responses = Response(hessian[:, :both, :both], scores[:, :, :both], slopes)
+        own, response = jax.tree.map(lambda leaf: leaf[best], (params, responses))
+        return own, info, draws, response, (params, responses)

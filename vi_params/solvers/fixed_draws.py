@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from vi_params._over import divisor, over
 from vi_params.solvers.curvature import MISSING
@@ -46,12 +47,27 @@ class Response(NamedTuple):
     slopes: jax.Array
 
 
+class Used(NamedTuple):
+    """How many draws count: the first `count` blocks, a number that need not be known when the
+    program is compiled, of `block` draws each, an even number: one of every pair from either half.
+    """
+
+    block: int
+    count: Any
+
+
 def is_dense(dim: int, num_model: int) -> bool:
     """Whether the Hessian of that many latents and model parameters is held as a matrix."""
     return dim + num_model <= DENSE
 
 
-def fixed_draws(log_density: LogDensity, draws: jax.Array, size: int, num_model: int) -> Smooth:
+def fixed_draws(
+    log_density: LogDensity,
+    draws: jax.Array,
+    size: int,
+    num_model: int,
+    used: Used | None = None,
+) -> Smooth:
     """F as a function to be minimised; its curvature is `Response`-like where that is small.
 
     Args:
@@ -59,17 +75,22 @@ def fixed_draws(log_density: LogDensity, draws: jax.Array, size: int, num_model:
         draws: e, shape (num_draws, dim).
         size: how many numbers an evaluation of the log density handles, lanes at once counted.
         num_model: the length of theta.
+        used: how many of the draws count; None for all.
     """
     num_draws, dim = draws.shape
-    expand = expansion(log_density, draws, size, num_model)
+    expand = expansion(log_density, draws, size, num_model, used)
     if is_dense(dim, num_model) and exists(expand, draws, num_model):
         return Smooth(expand, lambda curvature, v: curvature.hessian @ v)
-    plain = loss(log_density, draws, divisor(num_draws, BLOCK // size))
+    plain = loss(log_density, draws, divisor(num_draws, BLOCK // size), used)
     return matrix_free(plain, lambda x: units(x, dim))
 
 
 def expansion(
-    log_density: LogDensity, draws: jax.Array, size: int, num_model: int
+    log_density: LogDensity,
+    draws: jax.Array,
+    size: int,
+    num_model: int,
+    used: Used | None = None,
 ) -> Callable[[jax.Array], tuple[jax.Array, jax.Array, Response]]:
     """`x -> (F, its gradient, its Response)`; arguments as for `fixed_draws`."""
     num_draws, dim = draws.shape
@@ -97,12 +118,45 @@ def expansion(
             return value, lift(slope), lift(lift(hessian).T) + jnp.diag(bend), -slope[:dim]
 
         entropy = jnp.zeros_like(x).at[dim : 2 * dim].set(1.0)
-        values, lifted, hessians, slopes = over(one, draws, at_once)
+        count = num_draws if used is None else used.block * used.count
+        if used is None:
+            found = over(one, draws, at_once)
+        else:  # their shapes are known: looking them up would trace the density once more
+            shapes = (), x.shape, (x.size, x.size), (dim,)
+            found = over_first(one, draws, used, at_once, shapes)
+        values, lifted, hessians, slopes = found
         pairs = lifted.reshape(2, -1, x.size).mean(0) - entropy
-        curvature = Response(hessians.mean(0), pairs, slopes)
-        return values.mean() - jnp.sum(w), pairs.mean(0), curvature
+        curvature = Response(hessians.sum(0) / count, pairs, slopes)
+        return values.sum() / count - jnp.sum(w), lifted.sum(0) / count - entropy, curvature
 
     return expand
+
+
+def over_first(
+    one: Callable[[jax.Array], tuple],
+    draws: jax.Array,
+    used: Used,
+    at_once: int,
+    shapes: tuple[tuple[int, ...], ...],
+) -> tuple:
+    """`one` of the draws in the first blocks of pairs, arrays of these shapes; zeros for the
+    others."""
+    number, half = len(draws) // used.block, used.block // 2
+    blocks = draws.reshape(2, number, half, -1).swapaxes(0, 1).reshape(number, used.block, -1)
+
+    def add(i: jax.Array, found: tuple) -> tuple:
+        new = over(one, blocks[i], divisor(used.block, at_once))
+        return tuple(
+            lax.dynamic_update_index_in_dim(old, now, i, 0)
+            for old, now in zip(found, new, strict=True)
+        )
+
+    blank = tuple(jnp.zeros((number, used.block, *shape), draws.dtype) for shape in shapes)
+    found = lax.fori_loop(0, used.count, add, blank)
+    return tuple(
+        leaf.reshape(number, 2, half, *shape).swapaxes(0, 1).reshape(len(draws), *shape)
+        for leaf, shape in zip(found, shapes, strict=True)
+    )
 
 
 def exists(expand: Callable[[jax.Array], Any], draws: jax.Array, num_model: int) -> bool:
@@ -123,7 +177,10 @@ def units(x: jax.Array, dim: int) -> jax.Array:
 
 
 def loss(
-    log_density: LogDensity, draws: jax.Array, at_once: int | None = None
+    log_density: LogDensity,
+    draws: jax.Array,
+    at_once: int | None = None,
+    used: Used | None = None,
 ) -> Callable[[jax.Array], jax.Array]:
     """F as a plain function, the log density of `at_once` draws evaluated side by side."""
     dim = draws.shape[1]
@@ -131,7 +188,10 @@ def loss(
     def at(x: jax.Array) -> jax.Array:
         m, w, theta = split(x, dim)
         terms = over(lambda e: log_density(m + jnp.exp(w) * e, theta), draws, at_once)
-        return -jnp.mean(terms) - jnp.sum(w)
+        if used is None:
+            return -jnp.mean(terms) - jnp.sum(w)
+        blocks = jnp.arange(len(draws)) % (len(draws) // 2) // (used.block // 2)
+        return -jnp.mean(terms, where=blocks < used.count) - jnp.sum(w)
 
     return at
 

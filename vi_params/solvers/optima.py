@@ -1,5 +1,6 @@
 """Which of several lanes ended in other optima than the best one."""
 
+import jax
 import numpy as np
 
 from vi_params.solvers.solution import Solution, SolverStatus
@@ -30,4 +31,16 @@ def distinct(solution: Solution) -> list[int]:
         if min(away) > FAR:
             found.append(i)
             seen.append((locs[i], scales[i]))
+    return found
+
+
+def apart(solution: Solution) -> list[Solution]:
+    """The solution, and one for the best lane of every other distinct optimum."""
+    found = [solution]
+    for i in distinct(solution):
+        params, response = jax.tree.map(lambda leaf, i=i: leaf[i], solution.lanes)
+        info = solution.info._replace(
+            status=solution.info.lane_statuses[i], elbo=solution.info.lane_elbos[i]
+        )
+        found.append(solution._replace(params=params, info=info, response=response))
     return found

@@ -1,0 +1,127 @@
+"""Fixed-draw mean-field in two stages by one program: scouts at few draws, then lanes at all.
+
+A lane at few draws costs little, and it strays less: the average over many draws about a start that
+is far off has optima of its own, at large scales. The number of draws that count is an argument, so
+that both stages are one program of the model's gradient and Hessian.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vi_params._cache import program
+from vi_params._compile import Quick
+from vi_params.guide import Guide
+from vi_params.guides import mean_field
+from vi_params.noise import moment_matched, orthogonal
+from vi_params.params import init_params
+from vi_params.params.maps import abstract_params
+from vi_params.solvers.deterministic import FEWEST, TRIES, Layout
+from vi_params.solvers.fixed_draws import Used, fixed_draws, is_dense
+from vi_params.solvers.optima import apart
+from vi_params.solvers.solution import Solution
+from vi_params.solvers.start import RADII, nats
+from vi_params.solvers.trust_region import minimise
+from vi_params.target import Target, flat
+
+SCOUTS = 2
+"""How many scouts there are for each lane."""
+
+FEW = 4
+"""At how many draws they are."""
+
+STEPS = 200
+"""How many steps a scout or lane tries at most."""
+
+
+class Staged(NamedTuple):
+    """The program of both stages, for a target and names of parameters that stay as they are.
+
+    Attributes:
+        guide: the mean-field family.
+        solve: `(key, data, fixed, start, scout) -> the fields of a Solution after its guide`, of
+            one lane. `start` are parameters, used unless their density is not finite; `scout` is
+            the number of a scout, or -1 for a lane at all draws.
+        blank: a start that is none.
+    """
+
+    guide: Guide
+    solve: Quick
+    blank: Any
+
+
+def staged(target: Target, fixed: tuple[str, ...]) -> Staged | None:
+    """The program, kept for the next call; None where the Hessian is too large for a matrix."""
+    free = {name: target.declared[name] for name in target.declared if name not in fixed}
+    sizes = [leaf.size for leaf in jax.tree.leaves(abstract_params(free))]
+    if not is_dense(flat(target).dim, sum(sizes)):
+        return None
+    return program(_build, target, alike=(fixed,))
+
+
+def scouted(target: Target, key: jax.Array, data: Any, fixed: Any, lanes: int) -> list[Solution]:
+    """A mean-field solution for every distinct optimum that the scouts found, the best first.
+
+    Args:
+        target: one that `staged` has a program for.
+        key: a typed random key.
+        data: the data.
+        fixed: the parameters of the target that stay as they are.
+        lanes: half of how many scouts there are.
+    """
+    found = staged(target, tuple(sorted(fixed)))
+    assert found is not None
+
+    def solve(start: Any, scout: int) -> Solution:
+        return Solution(found.guide, *found.solve(key, data, fixed, start, np.int32(scout)))
+
+    scouts = [solve(found.blank, i) for i in range(SCOUTS * lanes)]
+    optima = [solve(scout.params, -1) for scout in apart(_together(scouts))]
+    return apart(_together(optima))
+
+
+def _build(target: Target, fixed_names: tuple[str, ...]) -> Staged:
+    guide = mean_field(target)
+    layout = Layout(target, guide, fixed_names)
+    dim = layout.dim
+    half = max(FEWEST, 2 * dim) // 2
+    half += -half % (FEW // 2)
+    tolerance = nats(None, "approximate")
+
+    @Quick
+    def solve(key: jax.Array, data: Any, fixed: Any, start: Any, scout: jax.Array) -> tuple:
+        keys = jax.random.split(jax.random.fold_in(key, scout), TRIES + 1)
+        few, all_ = moment_matched().draw(keys[0], FEW, dim), orthogonal().draw(key, 2 * half, dim)
+        # Of every pair one is in either half.
+        rows = jnp.arange(FEW // 2)
+        padded = jnp.zeros_like(all_).at[jnp.concatenate([rows, half + rows])].set(few)
+        is_scout = scout >= 0
+        draws = jnp.where(is_scout, padded, all_)
+        used = Used(FEW, jnp.where(is_scout, 1, 2 * half // FEW))
+        log_density = layout.log_density(data, fixed)
+        f = fixed_draws(log_density, draws, layout.size(data), layout.num_model, used)
+        starts = jax.vmap(lambda key: layout.vector(init_params(layout.declared, key)))(keys[1:])
+        starts = starts.at[:, :dim].multiply(jnp.array(RADII)[scout % len(RADII)])
+        starts = starts.at[0].set(layout.vector(start))
+        found = minimise(f, starts, layout.units, tolerance=tolerance, max_steps=STEPS)
+        return layout.result(jax.tree.map(lambda leaf: leaf[None], found), draws, fixed)
+
+    shapes = abstract_params(layout.declared)
+    blank = jax.tree.map(lambda leaf: np.full(leaf.shape, np.nan, leaf.dtype), shapes)
+    return Staged(guide, solve, blank)
+
+
+def _together(solutions: list[Solution]) -> Solution:
+    """Solutions of single lanes as one of as many lanes, the best in front; in numpy, since every
+    number of them would compile programs of its own."""
+    lanes = jax.device_get([(one.params, one.response) for one in solutions])
+    infos = jax.device_get([one.info for one in solutions])
+    elbos = np.concatenate([info.lane_elbos for info in infos])
+    best = int(np.argmax(np.nan_to_num(elbos, nan=-np.inf)))
+    statuses = np.concatenate([info.lane_statuses for info in infos])
+    return solutions[best]._replace(
+        info=infos[best]._replace(lane_elbos=elbos, lane_statuses=statuses),
+        lanes=jax.tree.map(lambda *leaves: np.stack(leaves), *lanes),
+    )
