@@ -11,8 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from vi_params._cache import program
+from vi_params._compile import Quick
 from vi_params.approximation.optima import optima
 from vi_params.params import unconstrain
 from vi_params.solvers.solution import own_name
@@ -26,8 +27,12 @@ def non_centred(target: Target) -> dict[str, Any]:
     """The parameters of the non-centred coordinates; none where the target has no centring."""
     if CENTRING not in target.declared:
         return {}
-    declared = target.declared[CENTRING]
-    return _params(target, {n: np.zeros(param.init.shape) for n, param in declared.items()})
+    return program(_non_centred, target)
+
+
+def _non_centred(target: Target) -> dict[str, Any]:
+    shapes = {name: param.init.shape for name, param in target.declared[CENTRING].items()}
+    return jax.jit(lambda: _params(target, {n: jnp.zeros(shape) for n, shape in shapes.items()}))()
 
 
 def suited(target: Target, key: jax.Array, data: Any, lanes: int) -> dict[str, Any]:
@@ -41,13 +46,20 @@ def suited(target: Target, key: jax.Array, data: Any, lanes: int) -> dict[str, A
     """
     pilot = optima(target, key, data, non_centred(target), lanes)[0]
     own = pilot.params[own_name(pilot.guide, "approximate")]
-    # A pilot that failed says nothing: half centred.
-    variances = jnp.nan_to_num(jnp.exp(2 * own["scale"]), nan=0.5)
-    parts = split_vector(target, variances)
-    return _params(target, {n: 1 - np.asarray(parts[n]) for n in target.declared[CENTRING]})
+    return program(_suited, target)(own["scale"])
 
 
-def _params(target: Target, centring: dict[str, np.ndarray]) -> dict[str, Any]:
+def _suited(target: Target) -> Quick:
+    @Quick
+    def compiled(log_scales: jax.Array) -> dict[str, Any]:
+        # A pilot that failed says nothing: half centred.
+        variances = split_vector(target, jnp.nan_to_num(jnp.exp(2 * log_scales), nan=0.5))
+        return _params(target, {n: 1 - variances[n] for n in target.declared[CENTRING]})
+
+    return compiled
+
+
+def _params(target: Target, centring: dict[str, Any]) -> dict[str, Any]:
     declared = {CENTRING: target.declared[CENTRING]}
-    inside = {name: np.clip(c, EDGE, 1 - EDGE) for name, c in centring.items()}
+    inside = {name: jnp.clip(c, EDGE, 1 - EDGE) for name, c in centring.items()}
     return unconstrain(declared, {CENTRING: inside})

@@ -13,6 +13,7 @@ import numpy as np
 
 from vi_params._cache import program
 from vi_params._compile import Quick
+from vi_params._tree import pick
 from vi_params.guide import Guide
 from vi_params.guides import mean_field
 from vi_params.noise import moment_matched, orthogonal
@@ -75,7 +76,8 @@ def scouted(target: Target, key: jax.Array, data: Any, fixed: Any, lanes: int) -
     assert found is not None
 
     def solve(start: Any, scout: int) -> Solution:
-        return Solution(found.guide, *found.solve(key, data, fixed, start, np.int32(scout)))
+        own = pick(start, found.blank)
+        return Solution(found.guide, *found.solve(key, data, fixed, own, np.int32(scout)))
 
     scouts = [solve(found.blank, i) for i in range(SCOUTS * lanes)]
     optima = [solve(scout.params, -1) for scout in apart(_together(scouts))]
