@@ -290,7 +290,7 @@ def test_one_pair_tells_no_sampling_error():
 def test_linear_response_wants_a_mean_field_solution():
     target = gaussian()
     response = vi.linear_response(target, vi.solvers.deterministic(target, KEY))
-    with pytest.raises(ValueError, match="starts from a mean-field solution"):
+    with pytest.raises(ValueError, match="mean-field solution at antithetic draws"):
         vi.linear_response(target, response)
     with pytest.raises(TypeError, match="Solution"):
         vi.linear_response(target, (1, 2))
@@ -309,3 +309,56 @@ def test_supports_are_kept():
     draws = vi.draws(target, solution.guide, solution.params, KEY, 20_000)
     np.testing.assert_allclose(draws["rate"].mean(), 5.0, rtol=0.02)
     np.testing.assert_allclose(draws["rate"].std(), np.sqrt(20.0) / 4.0, rtol=0.05)
+
+
+def hierarchy():
+    """Two latents, and a parameter of the model beside them."""
+
+    def log_density(values, latents, data):
+        prior = dist.Normal(values["shift"], 1.0).log_prob(latents["z"])
+        return prior.sum() + dist.Normal(latents["z"], 0.5).log_prob(data).sum()
+
+    return vi.target(
+        log_density,
+        {"z": vi.Latent((2,))},
+        declared={"shift": vi.Param(jnp.zeros(()))},
+        data=jnp.array([1.0, 3.0]),
+    )
+
+
+def test_fixed_parameters_stay():
+    """The optimum of a conjugate model at a shift that is held; free, it is the mean of the data."""
+    target = hierarchy()
+    held = {"shift": jnp.float32(-1.0)}
+    solution = vi.solvers.deterministic(target, KEY, fixed=held)
+    np.testing.assert_array_equal(solution.params["shift"], -1.0)
+    expected = (-1.0 + 4.0 * target.data) / 5.0
+    np.testing.assert_allclose(values_of(solution)["loc"], expected, atol=1e-4)
+    free = vi.solvers.deterministic(target, KEY)
+    np.testing.assert_allclose(free.params["shift"], 2.0, atol=1e-2)
+    response = vi.linear_response(target, solution)
+    np.testing.assert_array_equal(response.params["shift"], -1.0)
+
+
+def test_unknown_fixed_parameters_are_refused():
+    with pytest.raises(KeyError, match="fixed"):
+        vi.solvers.deterministic(hierarchy(), KEY, fixed={"shfit": jnp.zeros(())})
+
+
+def test_a_solution_is_a_start():
+    """From the optimum at few draws the one at more is a few steps away, and the same as from
+    afar."""
+    target = gaussian()
+    few = vi.solvers.deterministic(target, KEY, num_draws=4, noise=vi.noise.moment_matched())
+    warm = vi.solvers.deterministic(target, KEY, init=few, lanes=1)
+    cold = vi.solvers.deterministic(target, KEY)
+    assert warm.info.status == Status.CONVERGED
+    assert warm.info.steps < cold.info.steps
+    np.testing.assert_allclose(warm.info.elbo, cold.info.elbo, atol=1e-3)
+
+
+def test_a_start_of_another_family_is_refused():
+    target = gaussian()
+    solution = vi.linear_response(target, vi.solvers.deterministic(target, KEY))
+    with pytest.raises(ValueError, match="mean-field solution"):
+        vi.solvers.deterministic(target, KEY, init=solution)
