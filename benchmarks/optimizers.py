@@ -11,6 +11,10 @@ schedule-free optimiser, which averages by itself, are wrapped in `vi.averaged`,
 steps as they are: the last iterate is judged, and the average. Nats are those by which the ELBO
 (2,000 draws) stays below the best attainable, which `FOLDER/moments.json` holds; a run that ends at
 an ELBO that is not finite has failed.
+
+`adam 1e-1, halved` is in the manner of RAABBVI (Welandawe, Andersen, Vehtari and Huggins, 2022,
+Robust, automated, and accurate black-box variational inference): Adam at a rate that is halved
+whenever the loss, averaged over 200 steps, no longer falls, with averaged iterates.
 """
 
 import argparse
@@ -46,6 +50,10 @@ OPTIMIZERS = {
     "mechanize(adam 1.0)": contrib.mechanize(optax.adam(1.0), weight_decay=0.0),
     "schedule_free_adamw 5e-2": contrib.schedule_free_adamw(0.05),
     "cocob": contrib.cocob(),
+    "adam 1e-1, halved": optax.chain(
+        optax.adam(0.1),
+        contrib.reduce_on_plateau(factor=0.5, patience=1, rtol=0.0, accumulation_size=200),
+    ),
 }
 OWN_AVERAGE = "schedule_free_adamw 5e-2"
 RULES = {

@@ -136,6 +136,12 @@ def test_a_target_without_such_latents_is_refused(target):
         vi.recentred(target)
 
 
+def test_coordinates_without_their_centring_are_refused():
+    flat = vi.flat(CENTRED)
+    with pytest.raises(KeyError, match=r"need their centring(.|\n)*'e', 'rate', 't'"):
+        flat.constrain(jnp.zeros(flat.dim))
+
+
 def test_steps_of_a_scan_are_left_alone():
     def walk(y):
         tau = numpyro.sample("tau", dist.HalfNormal(1))

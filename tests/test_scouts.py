@@ -63,7 +63,7 @@ def test_both_stages_are_one_program(compilations):
     scout = found.solve(KEY, target.data, {}, found.blank, np.int32(0))
     other = np.array([1.0, 0.5], np.float32)
     with compilations() as seen:
-        params, info, *_ = found.solve(KEY, other, {}, scout[0], np.int32(-1))
+        _, info, *_ = found.solve(KEY, other, {}, scout[0], np.int32(-1))
     assert seen == []
     assert info.status == vi.SolverStatus.CONVERGED
 

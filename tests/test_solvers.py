@@ -327,7 +327,7 @@ def hierarchy():
 
 
 def test_fixed_parameters_stay():
-    """The optimum of a conjugate model at a shift that is held; free, it is the mean of the data."""
+    """The optimum of a conjugate model at a shift held; a free one is the mean of the data."""
     target = hierarchy()
     held = {"shift": jnp.float32(-1.0)}
     solution = vi.solvers.deterministic(target, KEY, fixed=held)

@@ -22,6 +22,7 @@ from numpyro import distributions as dist
 from numpyro import handlers
 from numpyro.distributions import constraints, transforms
 
+from vi_params._check import Failure, explain
 from vi_params._tree import pick
 from vi_params.interop.numpyro.call import Call
 from vi_params.interop.numpyro.coordinates import At, coordinates, support_map
@@ -65,6 +66,16 @@ def recentred(target: Target, at: At, call: Call, found: Found) -> Target | None
         if prior is None:
             return inner
         loc, scale = prior
+        if CENTRING not in values:
+            raise Failure(
+                explain(
+                    "These coordinates need their centring.",
+                    expected=f"values with {CENTRING!r}: name -> array, of {names}",
+                    received=f"values {sorted(values)}",
+                    where="a target of vi.recentred",
+                    hint="vi.constrain(target.declared, params) gives them",
+                )
+            )
         c = values[CENTRING][site["name"]]
         spread = scale ** (1 - c)
         partial = transforms.AffineTransform(loc * (1 - c * spread), spread)
