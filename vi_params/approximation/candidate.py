@@ -21,6 +21,10 @@ EFFECTIVE = 0.15
 """The smallest share of effective draws to be trusted: what no draw reached is missing from the
 weights and from k-hat alike, and more likely so where few draws count."""
 
+MISSED = 0.15
+"""By how many nats less log evidence one approximation shows that it misses mass of another: more
+than chance makes between two that are to be trusted."""
+
 ENOUGH = 0.2
 """The share of effective draws above which there is nothing left to gain."""
 
@@ -115,9 +119,12 @@ def _wide_tailed(target: Target, name: str) -> Guide:
 
 
 def best_of(candidates: list[Candidate]) -> Candidate:
-    """Of those to be trusted the most effective one, a light tail first; else the one whose weights
-    have the lightest tail, and among light ones the most effective."""
+    """Of those to be trusted that miss no mass which another one sees, the most effective, a light
+    tail first; else the one whose weights have the lightest tail, and among light ones the most
+    effective."""
     trusted = [one for one in candidates if one.is_trustworthy]
     if trusted:
-        return max(trusted, key=lambda one: (one.k_hat < GOOD_K_HAT, one.share))
+        evidence = max(float(one.diagnosis.log_evidence) for one in trusted)
+        whole = [one for one in trusted if one.diagnosis.log_evidence > evidence - MISSED]
+        return max(whole, key=lambda one: (one.k_hat < GOOD_K_HAT, one.share))
     return min(candidates, key=lambda one: (max(one.k_hat, GOOD_K_HAT), -one.share))

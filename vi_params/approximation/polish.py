@@ -24,7 +24,7 @@ from vi_params.target import Target, flat
 COMPONENTS = 16
 """How many components the mixture has."""
 
-DF = 7
+DF = 5
 """Their degrees of freedom."""
 
 DRAWS = 16000

@@ -27,7 +27,7 @@ from vi_params.target import Target, flat
 SPREAD = 0.8
 """The first scales of the components, in scales of the approximation they start from."""
 
-GUARD, WIDE = 0.1, 2.0
+GUARD, WIDE = 0.1, 3.0
 """The weight of the guard, and its scales in standard deviations of the weighted draws, where it
 is wider (across active directions it has their own)."""
 

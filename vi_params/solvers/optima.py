@@ -1,5 +1,8 @@
 """Which of several lanes ended in other optima than the best one."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import numpy as np
 
@@ -12,8 +15,19 @@ BELOW = 10.0
 """Optima that are this many nats worse than the best one hold no mass that matters."""
 
 
-def distinct(solution: Solution) -> list[int]:
-    """The best lane of each optimum other than the one that a mean-field solution reports."""
+def distinct(
+    solution: Solution,
+    span: Callable[[np.ndarray, np.ndarray], np.ndarray] = np.maximum,
+    below: float = BELOW,
+) -> list[int]:
+    """The best lane of each optimum other than the one that a mean-field solution reports.
+
+    Args:
+        solution: one with lanes.
+        span: of which of two standard deviations a distance is counted in: the larger one, or the
+            smaller, where a broad optimum may stand between true ones (`np.minimum`).
+        below: how many nats worse than the best one an optimum may be.
+    """
     params = solution.lanes[0]
     (name,) = solution.guide.declared
     elbos = np.asarray(solution.info.lane_elbos)
@@ -22,10 +36,10 @@ def distinct(solution: Solution) -> list[int]:
     found: list[int] = []
     seen = [(np.asarray(solution.params[name]["loc"]), np.exp(solution.params[name]["scale"]))]
     for i in np.argsort(-elbos, kind="stable").tolist():
-        if not converged[i] or not elbos[i] > float(solution.info.elbo) - BELOW:
+        if not converged[i] or not elbos[i] > float(solution.info.elbo) - below:
             continue
         away = [
-            np.max(np.abs(locs[i] - loc) / np.maximum(scales[i], scale), initial=0.0)
+            np.max(np.abs(locs[i] - loc) / span(scales[i], scale), initial=0.0)
             for loc, scale in seen
         ]
         if min(away) > FAR:
@@ -34,10 +48,10 @@ def distinct(solution: Solution) -> list[int]:
     return found
 
 
-def apart(solution: Solution) -> list[Solution]:
-    """The solution, and one for the best lane of every other distinct optimum."""
+def apart(solution: Solution, **options: Any) -> list[Solution]:
+    """The solution, and one for the best lane of every other optimum that is `distinct`."""
     found = [solution]
-    for i in distinct(solution):
+    for i in distinct(solution, **options):
         params, response = jax.tree.map(lambda leaf, i=i: leaf[i], solution.lanes)
         info = solution.info._replace(
             status=solution.info.lane_statuses[i], elbo=solution.info.lane_elbos[i]

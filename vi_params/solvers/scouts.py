@@ -33,6 +33,9 @@ SCOUTS = 2
 FEW = 4
 """At how many draws they are."""
 
+FAR_BELOW = 20.0
+"""Scouts that are this many nats worse than the best one are not followed."""
+
 STEPS = 200
 """How many steps a scout or lane tries at most."""
 
@@ -79,8 +82,10 @@ def scouted(target: Target, key: jax.Array, data: Any, fixed: Any, lanes: int) -
         own = pick(start, found.blank)
         return Solution(found.guide, *found.solve(key, data, fixed, own, np.int32(scout)))
 
-    scouts = [solve(found.blank, i) for i in range(SCOUTS * lanes)]
-    optima = [solve(scout.params, -1) for scout in apart(_together(scouts))]
+    scouts = _together([solve(found.blank, i) for i in range(SCOUTS * lanes)])
+    # Few draws can lie in several modes at once: such a broad optimum must not hide true ones.
+    starts = apart(scouts, span=np.minimum, below=FAR_BELOW)[:lanes]
+    optima = [solve(start.params, -1) for start in starts]
     return apart(_together(optima))
 
 
