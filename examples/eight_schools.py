@@ -11,8 +11,9 @@ together, and no Gaussian follows that. Written with theta = mu + tau * z, z ~ N
 (*non-centred*), it is the same model over other coordinates, and nearly Gaussian.
 
 A fit always returns numbers. This script shows how to tell which of them to believe. First
-`vi.approximate` does everything in one call and says whether to trust it; to the funnel it fits a
-mixture. Then by hand, with Gaussians:
+`vi.approximate` does everything in one call and says whether to trust it; it sees that theta has a
+scale that is a latent itself, and centres it as far as the data ask. Then by hand, with Gaussians
+in the program's own coordinates:
 
 1. `vi.check` looks at the model before anything is fitted,
 2. `vi.fit` with restarts shows whether the optimiser finds the same place again,

@@ -292,3 +292,18 @@ def test_wrong_arguments_are_refused(call, kind, fragment):
 def test_wrong_requests_are_refused(posterior, call, kind, fragment):
     with pytest.raises(kind, match=fragment):
         call(posterior)
+
+
+def test_a_parameter_called_centring_is_the_models_own():
+    """Nothing else has that name where a model uses it."""
+
+    def model(y):
+        shift = numpyro.param("centring", 0.0)
+        tau = numpyro.sample("tau", dist.LogNormal(0.0, 0.3))
+        x = numpyro.sample("x", dist.Normal(shift, tau).expand([2]).to_event(1))
+        numpyro.sample("y", dist.Normal(x, 0.5).to_event(1), obs=y)
+
+    target = vi.from_numpyro(model, jnp.array([1.0, 3.0]))
+    found = vi.approximate(target, KEY, polish=False)
+    assert found.coordinates is found.target
+    np.testing.assert_allclose(found.params["centring"], 2.0, atol=0.05)

@@ -182,7 +182,10 @@ def test_approximate_follows_a_centred_hierarchy():
         np.testing.assert_allclose(error, np.zeros_like(error), atol=0.15, err_msg=name)
 
     assert posterior.target is not posterior.coordinates
-    again = vi.diagnose(target, posterior.guide, posterior.params, jax.random.key(3))
+    fitted = posterior.guide, posterior.params
+    again = vi.diagnose(posterior.coordinates, *fitted, jax.random.key(3))
+    with pytest.raises(KeyError, match=r"posterior\.coordinates"):
+        vi.diagnose(target, *fitted, jax.random.key(3))
     np.testing.assert_allclose(again.log_evidence, posterior.diagnosis.log_evidence, atol=0.1)
     start = posterior.nuts_start(jax.random.key(4))
     spread = start.unconstrained["tau"]

@@ -362,3 +362,15 @@ def test_a_start_of_another_family_is_refused():
     solution = vi.linear_response(target, vi.solvers.deterministic(target, KEY))
     with pytest.raises(ValueError, match="mean-field solution"):
         vi.solvers.deterministic(target, KEY, init=solution)
+
+
+@pytest.mark.parametrize(
+    ("options", "fragment"),
+    [
+        ({"fixed": {"shift": jnp.zeros(2)}}, "fixed"),
+        ({"init": vi.solvers.deterministic(gaussian(), KEY)}, "init"),
+    ],
+)
+def test_parameters_of_other_shapes_are_refused(options, fragment):
+    with pytest.raises(ValueError, match=rf"wrong shapes(.|\n)*{fragment}"):
+        vi.solvers.deterministic(hierarchy(), KEY, **options)

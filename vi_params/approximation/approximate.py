@@ -57,19 +57,19 @@ def approximate(
 ) -> Approximation:
     """A posterior approximation with a verdict, nothing to be tuned.
 
-    Fixed-draw mean-field from several starts (scouts at few draws, then all draws), covariances by
-    linear response, a judgement by Pareto-smoothed importance sampling, its tails widened
-    (`vi.guides.contaminated_normal`); where distinct optima were found, their mixture; where that
-    is not good enough, a mixture of Student-t distributions polished by population Monte Carlo, in
-    all directions in up to 32 dimensions and along the most active ones in up to 500. It stops at
-    the first that is good: k-hat below 0.5 and a fifth of the draws effective (a half for the
-    mixture, which was fitted to such weights). Trusted is what has a k-hat below 0.7 in two
-    independent judgements and 15 % of the draws effective; of several, one that is good, or else
-    the one of which most are.
+    Fixed-draw mean-field from several starts (up to 32 latents: of scouts at few draws first),
+    covariances by linear response, a judgement by Pareto-smoothed importance sampling, its tails
+    widened (`vi.guides.contaminated_normal`); where distinct optima were found, their mixture;
+    where that is not good enough, a mixture of Student-t distributions polished by population Monte
+    Carlo, in all directions in up to 32 dimensions and along the most active ones in up to 500. It
+    stops at the first that is good: k-hat below 0.5 and a fifth of the draws effective (a half for
+    the mixture, which was fitted to such weights). Trusted is what has a k-hat below 0.7 in two
+    independent judgements and 15 % of the draws effective; of several, first those whose log
+    evidence shows that they miss no mass, then a k-hat below 0.5, then the most effective.
 
-    Hierarchies of NumPyro programs are approximated in partially centred coordinates
-    (`vi.recentred`); how far each latent is centred, a pilot decides by how much the data say of
-    it. The latents, `draws` and `nuts_start` are in the program's own.
+    Hierarchies of NumPyro programs are approximated in partially centred coordinates where
+    `vi.recentred` has them; how far each latent is centred, a pilot decides by how much the data
+    say of it. The latents, `draws` and `nuts_start` are in the program's own.
 
     It runs on the host; the pieces are pure: `vi.solvers.deterministic`, `vi.linear_response`,
     `vi.merge`, `vi.solvers.population_monte_carlo`, `vi.diagnose`, `vi.resample`. A second call
@@ -175,8 +175,9 @@ def _respond(target: Target, key: jax.Array, data: Any, fixed: Any, lanes: int) 
         if not float(best.info.sampling_error) > TOLERABLE:
             break
         num_draws = 2 * len(first.noise)
+        again = jax.random.fold_in(key, num_draws)
         first = deterministic(
-            target, key, data, lanes=1, init=first, num_draws=num_draws, fixed=fixed
+            target, again, data, lanes=1, init=first, num_draws=num_draws, fixed=fixed
         )
         best = linear_response(target, first, data, rank=rank)
     return [best, *(linear_response(target, one, data, rank=rank) for one in others)]
@@ -195,11 +196,8 @@ def _conclude(
         )
         for one in candidates
     )
-    # Beside the target as it was given, the centring is the guide's.
-    own = {n: x for n, x in coordinates.declared.items() if n not in target.declared}
-    guide = best.solution.guide
     return Approximation(
-        guide=guide._replace(declared={**guide.declared, **own}) if own else guide,
+        guide=best.solution.guide,
         params=best.solution.params,
         diagnosis=best.diagnosis,
         trustworthy=best.is_trustworthy,

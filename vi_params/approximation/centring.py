@@ -2,21 +2,22 @@
 
 In non-centred coordinates the prior of a latent has scale one, and the scale s that mean-field
 finds for it is that of its posterior given all else: 1 - s^2 is the share of what is known of it
-that comes from the data. That is the centring at which, in a normal model, the latent no longer
-depends on its location and scale. Papaspiliopoulos, Roberts and Skold (2007), A general framework
-for the parametrization of hierarchical models, Statistical Science 22(1), section 2.
+that comes from the data, and in a normal model the centring at which the spread of the coordinate
+no longer depends on the scale of the prior. Papaspiliopoulos, Roberts and Skold (2007), A general
+framework for the parametrization of hierarchical models, Statistical Science 22(1), section 2.
 """
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vi_params._cache import program
 from vi_params._compile import Quick
 from vi_params.approximation.optima import optima
 from vi_params.params import unconstrain
-from vi_params.solvers.solution import own_name
+from vi_params.solvers.solution import SolverStatus, own_name
 from vi_params.target import CENTRING, Target, split_vector
 
 EDGE = 1e-3
@@ -25,7 +26,7 @@ EDGE = 1e-3
 
 def non_centred(target: Target) -> dict[str, Any]:
     """The parameters of the non-centred coordinates; none where the target has no centring."""
-    if CENTRING not in target.declared:
+    if not target.is_recentred:
         return {}
     return program(_non_centred, target)
 
@@ -45,8 +46,9 @@ def suited(target: Target, key: jax.Array, data: Any, lanes: int) -> dict[str, A
         lanes: from how many starts.
     """
     pilot = optima(target, key, data, non_centred(target), lanes)[0]
+    failed = int(pilot.info.status) == SolverStatus.INVALID_START
     own = pilot.params[own_name(pilot.guide, "approximate")]
-    return program(_suited, target)(own["scale"])
+    return program(_suited, target)(own["scale"] + np.where(failed, np.nan, 0.0))
 
 
 def _suited(target: Target) -> Quick:

@@ -19,7 +19,7 @@ from vi_params.diagnostics.diagnose import Diagnosis, judged
 from vi_params.guide import Guide
 from vi_params.importance import Weighted, at_once, weigh
 from vi_params.params import constrain
-from vi_params.target import EMPTY, Target, flat, split_vector
+from vi_params.target import Target, flat, split_vector
 
 BLOCK = 500
 """For how many draws deterministic sites are computed at once."""
@@ -54,7 +54,7 @@ class Approximation:
     """An approximation of a posterior, and whether to trust it.
 
     Attributes:
-        guide: the family.
+        guide: the family, of `coordinates`.
         params: its parameters and the model's own, unconstrained.
         diagnosis: the `Diagnosis` of the guide.
         trustworthy: whether `draws` can be used as draws of the posterior.
@@ -62,8 +62,9 @@ class Approximation:
         verdict: the judgement in words.
         table: what was tried, one row an approximation.
         target: what was approximated.
-        coordinates: the same over the unconstrained vector that the guide is a density of: a
-            hierarchy may have other coordinates there (`vi.recentred`).
+        coordinates: the same over the unconstrained vector that the guide is a density of, a
+            hierarchy in partially centred coordinates (`vi.recentred`): the target that belongs to
+            `guide` and `params` in calls of `vi.diagnose`, `vi.draws` and others.
         data: the data it was approximated for.
     """
 
@@ -176,7 +177,6 @@ class Approximation:
 def judge(target: Target, guide: Guide, num_draws: int, data: Any) -> Quick:
     """`(params, key, data) -> (Weighted, Diagnosis)` of a batch of draws, compiled once."""
     is_short = at_once(num_draws, target, data) == num_draws
-    guide = guide._replace(declared=EMPTY)  # what it declares, besides, makes no other program
     return program(_judge, target, guide, num_draws, is_short)
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vi_params._check import explain, require_instance, require_names
+from vi_params._check import Failure, explain, require_instance, require_names
 from vi_params._tree import fold_in_words, is_traced, name_words, pick, strong
 from vi_params.params import Latent, constrain, init_params
 from vi_params.params.declare import bijector, constraint_name
@@ -60,6 +60,17 @@ def model_values(target: Target, params: Any) -> dict[str, Any]:
     dynamic = any(latent.is_dynamic for latent in target.latents.values())
     if not dynamic or not target.declared:
         return {}
+    if not set(target.declared) <= set(params):
+        raise Failure(
+            explain(
+                "Parameters that the guide's coordinates need are missing.",
+                expected=f"parameters with {sorted(target.declared)}",
+                received=f"{sorted(params)}",
+                where="guide",
+                hint="a guide goes with the target that it was built from; that of vi.approximate "
+                "with posterior.coordinates",
+            )
+        )
     return constrain(target.declared, pick(params, target.declared))
 
 

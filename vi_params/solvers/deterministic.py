@@ -110,10 +110,31 @@ def deterministic(
     if isinstance(init, Solution):
         own = require_mean_field(init, "solvers.deterministic, init")
         start, init = {**init.params, name: init.params[own]}, None
+    _require_shapes(fixed, target.declared, "fixed")
+    if start is not None:
+        _require_shapes(
+            start, {**target.declared, **mean_field(target, name=name).declared}, "init"
+        )
     guide, solve = prepared(
         target, num_draws, noise, lanes, init, tolerance, max_steps, name, tuple(sorted(fixed))
     )
     return Solution(guide, *solve(key, data, fixed, start))
+
+
+def _require_shapes(params: Any, declared: Declared, where: str) -> None:
+    """Raises where parameters are not in the shapes that are declared."""
+    expected = abstract_params({n: declared[n] for n in declared if n in params or where == "init"})
+    told = jax.tree.map(jnp.shape, {n: params[n] for n in expected if n in params})
+    known = jax.tree.map(lambda leaf: leaf.shape, expected)
+    if told != known:
+        raise ValueError(
+            explain(
+                "Parameters have the wrong shapes.",
+                expected=f"unconstrained arrays of shapes {known}",
+                received=f"{told}",
+                where=f"solvers.deterministic, {where}",
+            )
+        )
 
 
 def prepared(

@@ -1,6 +1,6 @@
 """Which of several lanes ended in other optima than the best one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ def distinct(
     solution: Solution,
     span: Callable[[np.ndarray, np.ndarray], np.ndarray] = np.maximum,
     below: float = BELOW,
+    ended: Collection[SolverStatus] = (SolverStatus.CONVERGED,),
 ) -> list[int]:
     """The best lane of each optimum other than the one that a mean-field solution reports.
 
@@ -27,16 +28,17 @@ def distinct(
         span: of which of two standard deviations a distance is counted in: the larger one, or the
             smaller, where a broad optimum may stand between true ones (`np.minimum`).
         below: how many nats worse than the best one an optimum may be.
+        ended: how a lane may have ended.
     """
     params = solution.lanes[0]
     (name,) = solution.guide.declared
     elbos = np.asarray(solution.info.lane_elbos)
-    converged = np.asarray(solution.info.lane_statuses) == SolverStatus.CONVERGED
+    usable = np.isin(solution.info.lane_statuses, list(ended))
     locs, scales = np.asarray(params[name]["loc"]), np.exp(np.asarray(params[name]["scale"]))
     found: list[int] = []
     seen = [(np.asarray(solution.params[name]["loc"]), np.exp(solution.params[name]["scale"]))]
     for i in np.argsort(-elbos, kind="stable").tolist():
-        if not converged[i] or not elbos[i] > float(solution.info.elbo) - below:
+        if not usable[i] or not elbos[i] > float(solution.info.elbo) - below:
             continue
         away = [
             np.max(np.abs(locs[i] - loc) / span(scales[i], scale), initial=0.0)

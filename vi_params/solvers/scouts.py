@@ -22,7 +22,7 @@ from vi_params.params.maps import abstract_params
 from vi_params.solvers.deterministic import FEWEST, TRIES, Layout
 from vi_params.solvers.fixed_draws import Used, fixed_draws, is_dense
 from vi_params.solvers.optima import apart
-from vi_params.solvers.solution import Solution
+from vi_params.solvers.solution import Solution, SolverStatus
 from vi_params.solvers.start import RADII, nats
 from vi_params.solvers.trust_region import minimise
 from vi_params.target import Target, flat
@@ -62,7 +62,7 @@ def staged(target: Target, fixed: tuple[str, ...]) -> Staged | None:
     sizes = [leaf.size for leaf in jax.tree.leaves(abstract_params(free))]
     if not is_dense(flat(target).dim, sum(sizes)):
         return None
-    return program(_build, target, alike=(fixed,))
+    return program(_build, target, nats(None, "approximate"), alike=(fixed,))
 
 
 def scouted(target: Target, key: jax.Array, data: Any, fixed: Any, lanes: int) -> list[Solution]:
@@ -84,23 +84,27 @@ def scouted(target: Target, key: jax.Array, data: Any, fixed: Any, lanes: int) -
 
     scouts = _together([solve(found.blank, i) for i in range(SCOUTS * lanes)])
     # Few draws can lie in several modes at once: such a broad optimum must not hide true ones.
-    starts = apart(scouts, span=np.minimum, below=FAR_BELOW)[:lanes]
+    options = {"span": np.minimum, "below": FAR_BELOW}
+    starts = apart(scouts, ended=tuple(SolverStatus), **options)
     optima = [solve(start.params, -1) for start in starts]
-    return apart(_together(optima))
+    # In float32 a lane can stall at its optimum; what it is worth, importance weights tell.
+    ended = (SolverStatus.CONVERGED, SolverStatus.STALLED)
+    return [_alone(one) for one in apart(_together(optima), ended=ended)]
 
 
-def _build(target: Target, fixed_names: tuple[str, ...]) -> Staged:
+def _build(target: Target, tolerance: float, fixed_names: tuple[str, ...]) -> Staged:
     guide = mean_field(target)
     layout = Layout(target, guide, fixed_names)
     dim = layout.dim
     half = max(FEWEST, 2 * dim) // 2
     half += -half % (FEW // 2)
-    tolerance = nats(None, "approximate")
 
     @Quick
     def solve(key: jax.Array, data: Any, fixed: Any, start: Any, scout: jax.Array) -> tuple:
-        keys = jax.random.split(jax.random.fold_in(key, scout), TRIES + 1)
-        few, all_ = moment_matched().draw(keys[0], FEW, dim), orthogonal().draw(key, 2 * half, dim)
+        common, own = jax.random.split(key)
+        keys = jax.random.split(jax.random.fold_in(own, scout), TRIES + 1)
+        few = moment_matched().draw(keys[0], FEW, dim)
+        all_ = orthogonal().draw(common, 2 * half, dim)
         # Of every pair one is in either half.
         rows = jnp.arange(FEW // 2)
         padded = jnp.zeros_like(all_).at[jnp.concatenate([rows, half + rows])].set(few)
@@ -110,7 +114,10 @@ def _build(target: Target, fixed_names: tuple[str, ...]) -> Staged:
         log_density = layout.log_density(data, fixed)
         f = fixed_draws(log_density, draws, layout.size(data), layout.num_model, used)
         starts = jax.vmap(lambda key: layout.vector(init_params(layout.declared, key)))(keys[1:])
-        starts = starts.at[:, :dim].multiply(jnp.array(RADII)[scout % len(RADII)])
+        radius = jnp.where(is_scout, jnp.array(RADII)[scout % len(RADII)], 1.0)
+        # The first try is zero for a scout of radius zero; the next ones are drawn.
+        radii = jnp.where(jnp.arange(TRIES) > 1, jnp.maximum(radius, RADII[1]), radius)
+        starts = starts.at[:, :dim].multiply(radii[:, None])
         starts = starts.at[0].set(layout.vector(start))
         found = minimise(f, starts, layout.units, tolerance=tolerance, max_steps=STEPS)
         return layout.result(jax.tree.map(lambda leaf: leaf[None], found), draws, fixed)
@@ -118,6 +125,14 @@ def _build(target: Target, fixed_names: tuple[str, ...]) -> Staged:
     shapes = abstract_params(layout.declared)
     blank = jax.tree.map(lambda leaf: np.full(leaf.shape, np.nan, leaf.dtype), shapes)
     return Staged(guide, solve, blank)
+
+
+def _alone(solution: Solution) -> Solution:
+    """The solution as one of a single lane: what follows is compiled for that, however many."""
+    info = solution.info
+    elbo = np.where(np.isfinite(info.elbo), info.elbo, np.nan)
+    lane = {"lane_elbos": elbo[None], "lane_statuses": np.asarray(info.status)[None]}
+    return solution._replace(info=info._replace(**lane), lanes=None)
 
 
 def _together(solutions: list[Solution]) -> Solution:

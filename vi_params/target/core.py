@@ -46,8 +46,9 @@ class Target(NamedTuple):
         simulate: `(values, key, data) -> (latents, data)`: a draw of both from the model, or None.
         infer_discrete: `(values, latents, key, data) -> mapping` of the discrete latents that were
             summed out: a draw, or the most probable where `key` is None. None where there are none.
-        recentre: `() -> Target | None`: what `vi.recentred` gives; None where the model is not
+        recentre: `target -> Target | None`: what `vi.recentred` gives; None where the model is not
             known site by site.
+        is_recentred: whether its coordinates have a centring, as `vi.recentred` gives them.
     """
 
     latents: Mapping[str, Latent]
@@ -66,7 +67,8 @@ class Target(NamedTuple):
     sites: Callable[[Any, Any, Any], dict[str, Site]] | None = None
     simulate: Callable[[Any, jax.Array, Any], tuple[Any, Any]] | None = None
     infer_discrete: Callable[[Any, Any, Any, Any], dict[str, jax.Array]] | None = None
-    recentre: Callable[[], "Target | None"] | None = None
+    recentre: Callable[["Target"], "Target | None"] | None = None
+    is_recentred: bool = False
 
     @property
     def sizes(self) -> dict[str, tuple[int, int]]:

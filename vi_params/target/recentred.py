@@ -69,4 +69,4 @@ def recentring(target: Target) -> Target | None:
 
 def _recentre(target: Target) -> Target | None:
     assert target.recentre is not None
-    return target.recentre()
+    return target.recentre(target)

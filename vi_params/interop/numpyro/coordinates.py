@@ -13,9 +13,10 @@ from numpyro import handlers
 from numpyro.distributions import biject_to
 
 from vi_params._check import require_names
-from vi_params.batches.batch import row_scale
-from vi_params.interop.numpyro.call import Call
+from vi_params.batches.batch import row_scale, split
+from vi_params.interop.numpyro.call import Call, blaming_shapes
 from vi_params.interop.numpyro.discover import Found, trace
+from vi_params.target import EMPTY
 
 At = Callable[[Any], tuple[Callable, tuple, dict[str, Any]]]
 """`data -> (program, args, kwargs)`: the program at the rows of the data."""
@@ -40,7 +41,7 @@ def coordinates(
     found: Found,
     bijector: Callable[[Mapping[str, Any], Any], Any] = support_map,
     own: Callable[[Any], dict[str, Any]] = dict,
-    initial: Callable[[jax.Array], Any] = lambda key: {},
+    initial: Mapping[str, Any] = EMPTY,
 ) -> Coordinates:
     """The coordinates that a bijector of every latent's site gives.
 
@@ -50,7 +51,7 @@ def coordinates(
         found: its sites.
         bijector: `(site, values) -> transform`, from the coordinates to the latent.
         own: `values -> values` of the program's own parameters among them.
-        initial: `key -> values` where a start is looked for.
+        initial: the values where a start is looked for.
     """
     names = list(found.latents)
 
@@ -75,16 +76,16 @@ def coordinates(
         require_names(list(latents), names, what="latents", where="unconstrain")
         program, args, kwargs = at(data)
         fixed = handlers.substitute(program, data={**own(values), **latents})
-        sites = trace(fixed, args, kwargs)
+        with blaming_shapes(call, split(data)[0]):
+            sites = trace(fixed, args, kwargs)
         return {name: bijector(sites[name], values).inv(latents[name]) for name in names}
 
     def start(strategy: Callable, key: jax.Array) -> dict[str, jax.Array]:
         program, args, kwargs = at(call.data)
         seeded = handlers.substitute(handlers.seed(program, key), substitute_fn=strategy)
         sites = trace(seeded, args, kwargs)
-        values = initial(key)
         return {
-            name: bijector(sites[name], values).inv(jnp.asarray(sites[name]["value"], float))
+            name: bijector(sites[name], initial).inv(jnp.asarray(sites[name]["value"], float))
             for name in names
         }
 

@@ -153,5 +153,5 @@ def from_numpyro(
         return target
     return target._replace(
         simulate=simulator(model, call, names),
-        recentre=lambda: recentred(target, at, call, found),
+        recentre=lambda target: recentred(target, at, call, found),
     )

@@ -81,9 +81,7 @@ def recentred(target: Target, at: At, call: Call, found: Found) -> Target | None
         partial = transforms.AffineTransform(loc * (1 - c * spread), spread)
         return transforms.ComposeTransform([partial, inner])
 
-    def initial(key: jax.Array) -> Any:
-        return {CENTRING: {name: param.init for name, param in centring.items()}}
-
+    initial = {CENTRING: {name: param.init for name, param in centring.items()}}
     maps = coordinates(
         at, call, found, bijector, lambda values: pick(values, target.declared), initial
     )
@@ -103,6 +101,7 @@ def recentred(target: Target, at: At, call: Call, found: Found) -> Target | None
         sites=target.sites and _without_centring(target.sites),
         simulate=None,
         recentre=None,
+        is_recentred=True,
     )
 
 
