@@ -42,8 +42,7 @@ def test_eight_schools(tmp_path, monkeypatch, capsys):
         assert "10 of 10" in result.fit.message
     told = capsys.readouterr().out
     one_call = told.split("== check")[0].split("== in one call")
-    assert "Trust this (linear response" in one_call[1]
-    assert "Trust this (population Monte Carlo" in one_call[2]
+    assert all("Trust this (" in printed for printed in one_call[1:])
     known = {"mu": (4.4, 0.4), "tau": (3.6, 0.4), "theta[0]": (6.2, 0.6)}
     for printed in one_call[1:]:
         rows = [line.split() for line in printed.splitlines()]

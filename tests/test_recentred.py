@@ -81,6 +81,16 @@ def test_non_centred_coordinates_are_standardised():
     np.testing.assert_allclose(latents["x"], 1.5 + 2.0 * u[2:], rtol=1e-6)
 
 
+def test_where_nothing_is_resolved_there_is_no_volume():
+    """With a scale far below the rounding of the location, x - loc is rounding alone."""
+    flat = vi.flat(vi.recentred(vi.from_numpyro(groups, Y)))
+    values = {"centring": {"x": jnp.zeros(4)}}
+    near = jnp.array([4.0, -5.0, 3.0, 3.0, 3.0, 3.0])
+    far = near.at[1].set(-17.0)
+    assert jnp.isfinite(flat.log_density(near, values))
+    assert flat.log_density(far, values) == -jnp.inf
+
+
 def test_the_density_of_latents_is_unchanged():
     latents = vi.flat(PLAIN).constrain(jax.random.normal(KEY, (vi.flat(PLAIN).dim,)))
     for of in ("log_density", "deterministic", "terms"):

@@ -17,10 +17,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from numpyro import distributions as dist
 from numpyro import handlers
-from numpyro.distributions import constraints, transforms
+from numpyro.distributions import constraints
 
 from vi_params._check import Failure, explain
 from vi_params._tree import pick
@@ -31,6 +32,9 @@ from vi_params.interop.numpyro.discover import Found, trace
 from vi_params.params import Latent, Param, constrain
 from vi_params.params.maps import abstract_params
 from vi_params.target import CENTRING, Target
+
+UNRESOLVED = 100
+"""A scale of fewer roundings of the latent than this resolves nothing of it."""
 
 FAMILIES = (
     dist.Normal,
@@ -77,9 +81,7 @@ def recentred(target: Target, at: At, call: Call, found: Found) -> Target | None
                 )
             )
         c = values[CENTRING][site["name"]]
-        spread = scale ** (1 - c)
-        partial = transforms.AffineTransform(loc * (1 - c * spread), spread)
-        return transforms.ComposeTransform([partial, inner])
+        return _Partial(loc, scale, c, inner)
 
     initial = {CENTRING: {name: param.init for name, param in centring.items()}}
     maps = coordinates(
@@ -103,6 +105,40 @@ def recentred(target: Target, at: At, call: Call, found: Found) -> Target | None
         recentre=None,
         is_recentred=True,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Partial:
+    """The map from a coordinate v to the latent, as numpyro's transforms have theirs.
+
+    Where rounding leaves nothing of x - loc in units of the scale, the density of x says nothing of
+    v any more: there the map has no volume (log |det| is -inf), as outside of a support.
+    """
+
+    loc: Any
+    scale: Any
+    centring: Any
+    inner: Any
+
+    def __call__(self, v: jax.Array) -> jax.Array:
+        return self.inner(self._moved(v))
+
+    def inv(self, x: jax.Array) -> jax.Array:
+        away = self.inner.inv(x) - self.loc
+        return self.centring * self.loc + away / self._spread
+
+    def log_abs_det_jacobian(self, v: jax.Array, x: jax.Array) -> jax.Array:
+        moved = self._moved(v)
+        rounding = UNRESOLVED * jnp.finfo(moved.dtype).eps * jnp.abs(moved)
+        log_det = jnp.where(self.scale > rounding, jnp.log(self._spread), -jnp.inf)
+        return jnp.sum(log_det) + jnp.sum(self.inner.log_abs_det_jacobian(moved, x))
+
+    @property
+    def _spread(self) -> jax.Array:
+        return self.scale ** (1 - self.centring)
+
+    def _moved(self, v: jax.Array) -> jax.Array:
+        return self.loc + self._spread * (v - self.centring * self.loc)
 
 
 def _without_centring(f: Any) -> Any:
