@@ -124,7 +124,9 @@ def best_of(candidates: list[Candidate]) -> Candidate:
     effective."""
     trusted = [one for one in candidates if one.is_trustworthy]
     if trusted:
-        evidences = [float(np.nan_to_num(one.diagnosis.log_evidence)) for one in trusted]
+        evidences = [
+            float(np.nan_to_num(one.diagnosis.log_evidence, nan=-np.inf)) for one in trusted
+        ]
         least = max(evidences) - MISSED
         whole = [one for one, e in zip(trusted, evidences, strict=True) if e >= least]
         return max(whole, key=lambda one: (one.k_hat < GOOD_K_HAT, one.share))

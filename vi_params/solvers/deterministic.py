@@ -19,6 +19,7 @@ from vi_params._cache import program
 from vi_params._check import explain, require_count, require_key, require_names
 from vi_params._compile import Quick
 from vi_params._over import lanes_at_once, over_lanes
+from vi_params._tree import strong
 from vi_params.guide import Guide
 from vi_params.guides import mean_field
 from vi_params.matching import joint_declared
@@ -111,6 +112,7 @@ def deterministic(
         own = require_mean_field(init, "solvers.deterministic, init")
         start, init = {**init.params, name: init.params[own]}, None
     _require_shapes(fixed, target.declared, "fixed")
+    fixed = jax.tree.map(lambda leaf: strong(jnp.asarray(leaf, float)), fixed)
     if start is not None:
         _require_shapes(
             start, {**target.declared, **mean_field(target, name=name).declared}, "init"
@@ -133,6 +135,8 @@ def _require_shapes(params: Any, declared: Declared, where: str) -> None:
                 expected=f"unconstrained arrays of shapes {known}",
                 received=f"{told}",
                 where=f"solvers.deterministic, {where}",
+                hint="parameters of the same target: solution.params, or "
+                "vi.unconstrain(target.declared, values)",
             )
         )
 

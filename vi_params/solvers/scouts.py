@@ -84,8 +84,7 @@ def scouted(target: Target, key: jax.Array, data: Any, fixed: Any, lanes: int) -
 
     scouts = _together([solve(found.blank, i) for i in range(SCOUTS * lanes)])
     # Few draws can lie in several modes at once: such a broad optimum must not hide true ones.
-    options = {"span": np.minimum, "below": FAR_BELOW}
-    starts = apart(scouts, ended=tuple(SolverStatus), **options)
+    starts = apart(scouts, span=np.minimum, below=FAR_BELOW, ended=tuple(SolverStatus))
     optima = [solve(start.params, -1) for start in starts]
     # In float32 a lane can stall at its optimum; what it is worth, importance weights tell.
     ended = (SolverStatus.CONVERGED, SolverStatus.STALLED)

@@ -130,13 +130,13 @@ def require_mean_field(solution: Solution, where: str) -> str:
     """The name of the family of a mean-field solution at antithetic draws."""
     require_instance(solution, Solution, "vi.solvers.deterministic(...)", where)
     name = own_name(solution.guide, where)
-    fixed = len(solution.noise)
-    if set(solution.params[name]) != {"loc", "scale"} or fixed == 0 or fixed % 2:
+    num_draws = len(solution.noise)
+    if set(solution.params[name]) != {"loc", "scale"} or num_draws == 0 or num_draws % 2:
         raise ValueError(
             explain(
                 "A mean-field solution at antithetic draws was expected.",
                 expected="what vi.solvers.deterministic returns",
-                received=f"parameters {sorted(solution.params[name])}, {len(solution.noise)} draws",
+                received=f"parameters {sorted(solution.params[name])}, {num_draws} draws",
                 where=where,
             )
         )
