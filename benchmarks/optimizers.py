@@ -52,7 +52,9 @@ OPTIMIZERS = {
     "cocob": contrib.cocob(),
     "adam 1e-1, halved": optax.chain(
         optax.adam(0.1),
-        contrib.reduce_on_plateau(factor=0.5, patience=1, rtol=0.0, accumulation_size=200),
+        contrib.reduce_on_plateau(
+            factor=0.5, patience=1, rtol=0.0, atol=1e-6, accumulation_size=200
+        ),
     ),
 }
 OWN_AVERAGE = "schedule_free_adamw 5e-2"
