@@ -4,13 +4,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
-import numpy as np
 
 from vi_params.approximation.candidate import wide_tailed
 from vi_params.approximation.result import judge
 from vi_params.solvers.deterministic import prepared as prepared_solver
 from vi_params.solvers.linear_response import prepared as prepared_response
-from vi_params.solvers.scouts import staged
 from vi_params.target import Target
 
 
@@ -27,17 +25,11 @@ def compile_usual(
         lanes: as `vi.solvers.deterministic` takes them.
         num_draws: by how many draws it is judged.
     """
-    found = staged(target, tuple(sorted(fixed)))
-    if found is None:
-        mean_field, solve = prepared_solver(target, lanes=lanes, fixed=tuple(sorted(fixed)))
-        rest: tuple = (None,)
-    else:
-        mean_field, solve, blank = found
-        rest = blank, np.int32(0)
+    mean_field, solve = prepared_solver(target, lanes=lanes, fixed=tuple(sorted(fixed)))
     (name,) = mean_field.declared
     _, expand, respond = prepared_response(target, name)
     with ThreadPoolExecutor() as pool:
-        params, info, draws, response, _ = solve.ahead(pool, key, data, fixed, *rest)
+        params, info, draws, response, _ = solve.ahead(pool, key, data, fixed, None)
         if response is None:
             response = expand.ahead(pool, params, draws, data)
         params, _ = respond.ahead(pool, params, info, response)

@@ -51,21 +51,21 @@ def approximate(
     key: jax.Array,
     data: Any = None,
     *,
-    lanes: int = 4,
+    lanes: int = 8,
     polish: bool = True,
     flow: bool = False,
 ) -> Approximation:
     """A posterior approximation with a verdict, nothing to be tuned.
 
-    Fixed-draw mean-field from several starts (up to 32 latents: of scouts at few draws first),
-    covariances by linear response, a judgement by Pareto-smoothed importance sampling, its tails
-    widened (`vi.guides.contaminated_normal`); where distinct optima were found, their mixture;
-    where that is not good enough, a mixture of Student-t distributions polished by population Monte
-    Carlo, in all directions in up to 32 dimensions and along the most active ones in up to 500. It
-    stops at the first that is good: k-hat below 0.5 and a fifth of the draws effective (a half for
-    the mixture, which was fitted to such weights). Trusted is what has a k-hat below 0.7 in two
-    independent judgements and 15 % of the draws effective; of several, first those whose log
-    evidence shows that they miss no mass, then a k-hat below 0.5, then the most effective.
+    Fixed-draw mean-field from several starts, covariances by linear response, a judgement by
+    Pareto-smoothed importance sampling, its tails widened (`vi.guides.contaminated_normal`); where
+    distinct optima were found, their mixture; where that is not good enough, a mixture of Student-t
+    distributions polished by population Monte Carlo, in all directions in up to 32 dimensions and
+    along the most active ones in up to 500. It stops at the first that is good: k-hat below 0.5 and
+    a fifth of the draws effective (a half for the mixture, which was fitted to such weights).
+    Trusted is what has a k-hat below 0.7 in two independent judgements and 15 % of the draws
+    effective; of several, first those whose log evidence shows that they miss no mass, then a k-hat
+    below 0.5, then the most effective.
 
     Hierarchies of NumPyro programs are approximated in partially centred coordinates where
     `vi.recentred` has them; how far each latent is centred, a pilot decides by how much the data
@@ -79,7 +79,7 @@ def approximate(
         target: what to approximate, with all its data at once.
         key: a typed random key.
         data: the data; the target's own where None.
-        lanes: from how many starts; of scouts there are twice as many.
+        lanes: from how many starts.
         polish: whether to go on after linear response where it is not good enough, in up to 500
             dimensions.
         flow: whether to go on with a normalising flow where nothing yet is to be trusted, in up to

@@ -6,9 +6,12 @@ import jax
 
 from vi_params.solvers.deterministic import deterministic
 from vi_params.solvers.optima import apart
-from vi_params.solvers.scouts import scouted, staged
-from vi_params.solvers.solution import Solution
+from vi_params.solvers.solution import Solution, SolverStatus
 from vi_params.target import Target
+
+ENDED = (SolverStatus.CONVERGED, SolverStatus.STALLED)
+"""How a lane may have ended: in float32 one can stall at its optimum, and what that is worth,
+importance weights tell."""
 
 
 def optima(target: Target, key: jax.Array, data: Any, fixed: Any, lanes: int) -> list[Solution]:
@@ -21,6 +24,4 @@ def optima(target: Target, key: jax.Array, data: Any, fixed: Any, lanes: int) ->
         fixed: the parameters of the target that stay as they are.
         lanes: from how many starts.
     """
-    if staged(target, tuple(sorted(fixed))) is not None:
-        return scouted(target, key, data, fixed, lanes)
-    return apart(deterministic(target, key, data, lanes=lanes, fixed=fixed))
+    return apart(deterministic(target, key, data, lanes=lanes, fixed=fixed), ended=ENDED)

@@ -8,40 +8,34 @@ have their exact optimum; steps are measured in the current standard deviations,
 of a latent do not matter.
 """
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 
 from vi_params._cache import program
 from vi_params._check import explain, require_count, require_key, require_names
 from vi_params._compile import Quick
 from vi_params._over import lanes_at_once, over_lanes
-from vi_params._tree import strong
+from vi_params._tree import all_finite, strong
 from vi_params.guide import Guide
 from vi_params.guides import mean_field
-from vi_params.matching import joint_declared
 from vi_params.noise import Noise, moment_matched, orthogonal
-from vi_params.params import constrain, init_params
 from vi_params.params.declare import Declared
 from vi_params.params.maps import abstract_params
-from vi_params.solvers.fixed_draws import Response, fixed_draws, units
-from vi_params.solvers.solution import Solution, SolverInfo, require_mean_field
+from vi_params.solvers.fixed_draws import FEW, fixed_draws
+from vi_params.solvers.lanes import in_two_stages
+from vi_params.solvers.layout import Layout
+from vi_params.solvers.solution import Solution, require_mean_field
 from vi_params.solvers.start import data_of, lane_radii, nats, unchanging
-from vi_params.solvers.trust_region import Minimum, minimise
-from vi_params.target import EMPTY, Target, flat, whole
+from vi_params.solvers.trust_region import LAST, Minimum, minimise, not_begun
+from vi_params.target import Target, flat, whole
 
 FEWEST = 32
 """The smallest number of draws chosen by default."""
 
 FULL_FRAME = 256
 """The largest dimension at which the default draws hold a whole orthogonal frame."""
-
-
-TRIES = 25
-"""How many starts a lane tries until one has a finite loss and gradient."""
 
 
 def deterministic(
@@ -62,7 +56,9 @@ def deterministic(
 
     Pure in (key, data); under `jax.vmap` take `solution.params` and `solution.info` out, since the
     guide is no array. For full data only: the draws stay the same, and so must the data. Its
-    locations are good, its scales are those of mean-field: `vi.linear_response` corrects them.
+    locations are good, its scales are those of mean-field: `vi.linear_response` corrects them. On a
+    CPU, and with a multiple of 4 draws, lanes begin at 4 draws, and of those that found the same
+    optimum there one goes on at all draws, for the others too.
     Where the log density has a gradient but no second derivative in JAX, Hessians are differences
     of gradients.
 
@@ -70,8 +66,8 @@ def deterministic(
         target: what to approximate; its own parameters, if any, are optimised along.
         key: a typed random key: of the draws and of the starts.
         data: the data; the target's own where None.
-        num_draws: how many draws, an even number; by default twice the dimension and at least 32
-            (32 above dimension 256).
+        num_draws: how many draws, an even number; by default twice the dimension, at least 32 and
+            a multiple of 4 (32 above dimension 256).
         noise: their scheme; `vi.noise.orthogonal()`, or `moment_matched()` above dimension 256.
         lanes: from how many starts, the first the family's own, the next ones drawn in towards
             zero, in unconstrained coordinates.
@@ -80,7 +76,7 @@ def deterministic(
         fixed: those of the target's own parameters that stay as they are, unconstrained, by name.
         tolerance: stop after a Newton step promising less than this, in nats; by default 1e-6 in
             float64 and 1e-5 in float32.
-        max_steps: how many steps a lane tries at most.
+        max_steps: how many steps a lane tries at most, in either stage.
         name: the name of the family's parameters.
 
     Returns:
@@ -159,7 +155,7 @@ def prepared(
     target = whole(target)
     dim = flat(target).dim
     if num_draws is None:
-        num_draws = max(FEWEST, 2 * dim) if dim <= FULL_FRAME else FEWEST
+        num_draws = default_draws(dim)
     require_count(num_draws, "num_draws", "solvers.deterministic")
     if num_draws % 2:
         raise ValueError(
@@ -176,6 +172,13 @@ def prepared(
     return program(_build, target, num_draws, lanes, tolerance, max_steps, name, alike=alike)
 
 
+def default_draws(dim: int) -> int:
+    """How many draws there are by default: up to a whole orthogonal frame, as many as blocks of few
+    need."""
+    wanted = max(FEWEST, 2 * dim) if dim <= FULL_FRAME else FEWEST
+    return wanted + -wanted % FEW
+
+
 def _build(
     target: Target,
     num_draws: int,
@@ -189,98 +192,43 @@ def _build(
 ) -> tuple[Guide, Quick]:
     guide = mean_field(target, init=init, name=name)
     layout = Layout(target, guide, fixed_names)
-    radii = lane_radii(lanes)
+    dim, radii = layout.dim, lane_radii(lanes)
+    # An accelerator evaluates all draws in the time of few.
+    staged = lanes_at_once(lanes) == 1 and num_draws > FEW and num_draws % FEW == 0
 
     @Quick
     def solve(key: jax.Array, data: Any, fixed: Any, start: Any) -> tuple:
-        draws = scheme.draw(jax.random.fold_in(key, lanes), num_draws, layout.dim)
-        f = fixed_draws(
-            layout.log_density(data, fixed),
-            draws,
-            lanes_at_once(lanes) * layout.size(data),
-            layout.num_model,
-        )
+        draws = scheme.draw(jax.random.fold_in(key, lanes), num_draws, dim)
+        keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(jnp.arange(lanes))
+        few = None
+        if staged:
+            few = jax.vmap(lambda key: moment_matched().draw(key, FEW, dim))(keys[:, 1])
+        size = lanes_at_once(lanes) * layout.size(data)
+        f = fixed_draws(layout.log_density(data, fixed), draws, size, layout.num_model, few)
 
-        def lane(at: tuple[jax.Array, jax.Array]) -> Any:
-            i, radius = at
-            keys = jax.random.split(jax.random.fold_in(key, i), TRIES)
-            starts = jax.vmap(lambda key: layout.vector(init_params(layout.declared, key)))(keys)
-            starts = starts.at[:, : layout.dim].multiply(radius)
-            if start is not None:
-                starts = starts.at[0].set(jnp.where(i == 0, layout.vector(start), starts[0]))
-            return minimise(f, starts, layout.units, tolerance=tolerance, max_steps=max_steps)
+        def search(i: Any, stage: Any, x: jax.Array, enabled: Any) -> Minimum:
+            starts = layout.starts(keys[i, 0], radii[i])
+            starts = starts.at[0].set(jnp.where(all_finite(x), x, starts[0]))
+            return minimise(
+                f,
+                starts,
+                layout.units,
+                tolerance=tolerance,
+                max_steps=max_steps,
+                stage=stage,
+                enabled=enabled,
+            )
 
-        found = over_lanes(lane, (jnp.arange(lanes), radii))
+        blank = not_begun(f, jnp.full(layout.length, jnp.nan, draws.dtype))
+        begun = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (lanes, *leaf.shape)), blank)
+        if start is not None:
+            x, value = begun.x.at[0].set(layout.vector(start)), begun.value.at[0].set(-jnp.inf)
+            begun = begun._replace(x=x, value=value)
+        if staged:
+            found = in_two_stages(search, begun, dim, num_ready=int(start is not None))
+        else:
+            lane = lambda at: search(at[0], LAST, at[1], True)  # noqa: E731
+            found = over_lanes(lane, (jnp.arange(lanes), begun.x))
         return layout.result(found, draws, fixed)
 
     return guide, solve
-
-
-class Layout:
-    """How the parameters of target and mean-field guide lie in one vector (m, w, theta)."""
-
-    def __init__(self, target: Target, guide: Guide, fixed: tuple[str, ...] = ()) -> None:
-        """Reads names and shapes off the declarations, but for parameters that are fixed."""
-        (self.name,) = guide.declared
-        self.target = target
-        joint = joint_declared(target, guide)
-        self.declared: Declared = {n: joint[n] for n in joint if n not in fixed}
-        self.free = {n: target.declared[n] for n in target.declared if n not in fixed}
-        self.flat = flat(target)
-        self.dim = self.flat.dim
-        model = abstract_params(self.free)
-        blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), model)
-        self.num_model = sum(leaf.size for leaf in jax.tree.leaves(model))
-        self.unravel = ravel_pytree(blank)[1] if self.num_model else lambda theta: {}
-
-    def vector(self, params: Any) -> jax.Array:
-        """Parameters as (m, w, theta)."""
-        own = params[self.name]
-        parts = [own["loc"], own["scale"]]
-        if self.num_model:  # old versions of JAX ravel nothing into a scalar
-            parts.append(ravel_pytree({key: params[key] for key in self.free})[0])
-        return jnp.concatenate(parts)
-
-    def params(self, x: jax.Array) -> dict[str, Any]:
-        """Parameters of a vector (m, w, theta)."""
-        own = {"loc": x[: self.dim], "scale": x[self.dim : 2 * self.dim]}
-        return {**self.unravel(x[2 * self.dim :]), self.name: own}
-
-    def units(self, x: jax.Array) -> jax.Array:
-        """The unit of every parameter, of (m, w) alone too."""
-        return units(x, self.dim)
-
-    def log_density(self, data: Any, fixed: Any = EMPTY) -> Any:
-        """`(u, theta) -> scalar`, at the parameters that are fixed."""
-
-        def at(u: jax.Array, theta: jax.Array) -> jax.Array:
-            values = constrain(self.target.declared, {**self.unravel(theta), **fixed})
-            return self.flat.log_density(u, values, data)
-
-        return at
-
-    def size(self, data: Any) -> int:
-        """About how many numbers one evaluation of the log density handles."""
-        return self.dim + self.num_model + sum(leaf.size for leaf in jax.tree.leaves(data))
-
-    def result(self, found: Minimum, draws: jax.Array, fixed: Any) -> tuple:
-        """The fields of a `Solution` after its guide, of the minima of all lanes."""
-        entropy = 0.5 * self.dim * (1 + math.log(2 * math.pi))
-        best = jnp.argmin(found.value)
-        at_best = jax.tree.map(lambda leaf: leaf[best], found)
-        info = SolverInfo(
-            status=at_best.status,
-            elbo=entropy - at_best.value,
-            steps=at_best.steps,
-            lane_elbos=jnp.where(jnp.isfinite(found.value), entropy - found.value, jnp.nan),
-            lane_statuses=found.status,
-            sampling_error=jnp.full((), jnp.nan, found.value.dtype),
-        )
-        params = jax.vmap(lambda x: {**fixed, **self.params(x)})(found.x)
-        responses = None
-        if isinstance(found.curvature, Response):
-            hessian, scores, slopes = found.curvature
-            both = 2 * self.dim
-            responses = Response(hessian[:, :both, :both], scores[:, :, :both], slopes)
-        own, response = jax.tree.map(lambda leaf: leaf[best], (params, responses))
-        return own, info, draws, response, (params, responses)

@@ -9,6 +9,10 @@ of l at the draws, g_i and H_i, by the chain rule through A_i = d(z_i, theta)/dx
 
     grad F = -1/M sum_i A_i' g_i - (0, 1, 0)
     hess F = -1/M sum_i [A_i' H_i A_i + diag(0, exp(w) e_i g_i, 0)].
+
+A search can begin at few draws and go on at all of them. The first stage costs little, and it
+strays less: the average over many draws about a start that is far off has optima of its own, at
+large scales.
 """
 
 from collections.abc import Callable
@@ -19,14 +23,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from vi_params._over import divisor, over
-from vi_params.solvers.curvature import MISSING
-from vi_params.solvers.trust_region import Smooth, matrix_free
+from vi_params.solvers.curvature import MISSING, along
+from vi_params.solvers.trust_region import LAST, Smooth, matrix_free
 
 DENSE = 32
 """The largest number of latents and model parameters for which the Hessian is held as a matrix."""
 
 BLOCK = 2**22
 """About how many numbers an array may hold while the draws are evaluated side by side."""
+
+FEW = 4
+"""At how many draws a search begins."""
 
 LogDensity = Callable[[jax.Array, jax.Array], jax.Array]
 """`(u, theta) -> scalar`: over unconstrained latents and model parameters, both vectors."""
@@ -47,15 +54,6 @@ class Response(NamedTuple):
     slopes: jax.Array
 
 
-class Used(NamedTuple):
-    """How many draws count: the first `count` blocks, a number that need not be known when the
-    program is compiled, of `block` draws each, an even number: one of every pair from either half.
-    """
-
-    block: int
-    count: Any
-
-
 def is_dense(dim: int, num_model: int) -> bool:
     """Whether the Hessian of that many latents and model parameters is held as a matrix."""
     return dim + num_model <= DENSE
@@ -66,7 +64,7 @@ def fixed_draws(
     draws: jax.Array,
     size: int,
     num_model: int,
-    used: Used | None = None,
+    few: jax.Array | None = None,
 ) -> Smooth:
     """F as a function to be minimised; its curvature is `Response`-like where that is small.
 
@@ -75,13 +73,17 @@ def fixed_draws(
         draws: e, shape (num_draws, dim).
         size: how many numbers an evaluation of the log density handles, lanes at once counted.
         num_model: the length of theta.
-        used: how many of the draws count; None for all.
+        few: draws of first stages, by which the search of each of several lanes begins, shape
+            (lanes, num_few, dim), pairs whose number divides that of all draws. Stage i is F at
+            few[i], the last stage F at all draws: one program for all.
     """
     num_draws, dim = draws.shape
-    expand = expansion(log_density, draws, size, num_model, used)
+    expand = expansion(log_density, draws, size, num_model, few)
     if is_dense(dim, num_model) and exists(expand, draws, num_model):
         return Smooth(expand, lambda curvature, v: curvature.hessian @ v)
-    plain = loss(log_density, draws, divisor(num_draws, BLOCK // size), used)
+    if few is not None:
+        return _matrix_free(log_density, draws, few, size)
+    plain = loss(log_density, draws, divisor(num_draws, BLOCK // size))
     return matrix_free(plain, lambda x: units(x, dim))
 
 
@@ -90,14 +92,14 @@ def expansion(
     draws: jax.Array,
     size: int,
     num_model: int,
-    used: Used | None = None,
-) -> Callable[[jax.Array], tuple[jax.Array, jax.Array, Response]]:
-    """`x -> (F, its gradient, its Response)`; arguments as for `fixed_draws`."""
+    few: jax.Array | None = None,
+) -> Callable[..., tuple[jax.Array, jax.Array, Response]]:
+    """`(x, stage) -> (F, its gradient, its Response)`; arguments as for `fixed_draws`."""
     num_draws, dim = draws.shape
     at_once = divisor(num_draws, BLOCK // (size * (dim + num_model)))
 
     @jax.jit  # traced once, though asked for more than once
-    def expand(x: jax.Array) -> tuple[jax.Array, jax.Array, Response]:
+    def expand(x: jax.Array, stage: Any) -> tuple[jax.Array, jax.Array, Response]:
         m, w, theta = split(x, dim)
 
         def one(e: jax.Array) -> tuple[jax.Array, ...]:
@@ -118,13 +120,18 @@ def expansion(
             return value, lift(slope), lift(lift(hessian).T) + jnp.diag(bend), -slope[:dim]
 
         entropy = jnp.zeros_like(x).at[dim : 2 * dim].set(1.0)
-        count = num_draws if used is None else used.block * used.count
-        if used is None:
-            found = over(one, draws, at_once)
-        else:  # their shapes are known: looking them up would trace the density once more
+        if few is None:
+            count = num_draws
+            values, lifted, hessians, slopes = over(one, draws, at_once)
+        else:
+            # Their shapes are known: looking them up would trace the density once more.
             shapes = (), x.shape, (x.size, x.size), (dim,)
-            found = over_first(one, draws, used, at_once, shapes)
-        values, lifted, hessians, slopes = found
+            blocks, number = in_blocks(draws, few, stage)
+            num_few = few.shape[1]
+            count = number * num_few
+            side_by_side = divisor(num_few, at_once)
+            found = stacked(lambda e: over(one, e, side_by_side), blocks, number, shapes)
+            values, lifted, hessians, slopes = found
         pairs = lifted.reshape(2, -1, x.size).mean(0) - entropy
         curvature = Response(hessians.sum(0) / count, pairs, slopes)
         return values.sum() / count - jnp.sum(w), lifted.sum(0) / count - entropy, curvature
@@ -132,42 +139,78 @@ def expansion(
     return expand
 
 
-def over_first(
-    one: Callable[[jax.Array], tuple],
-    draws: jax.Array,
-    used: Used,
-    at_once: int,
-    shapes: tuple[tuple[int, ...], ...],
-) -> tuple:
-    """`one` of the draws in the first blocks of pairs, arrays of these shapes; zeros for the
-    others."""
-    number, half = len(draws) // used.block, used.block // 2
-    blocks = draws.reshape(2, number, half, -1).swapaxes(0, 1).reshape(number, used.block, -1)
+def exists(expand: Callable[..., Any], draws: jax.Array, num_model: int) -> bool:
+    """Whether the log density has second derivatives."""
+    x = jax.ShapeDtypeStruct((2 * draws.shape[1] + num_model,), draws.dtype)
+    try:
+        # JAX raises for some functions only where they are mapped, as they are over the draws.
+        jax.eval_shape(expand, x, LAST)
+    except MISSING:
+        return False
+    return True
 
-    def add(i: jax.Array, found: tuple) -> tuple:
-        new = over(one, blocks[i], divisor(used.block, at_once))
+
+def in_blocks(draws: jax.Array, few: jax.Array, stage: Any) -> tuple[jax.Array, jax.Array]:
+    """All draws in blocks of as many as the few, one of every pair from either half, and how many
+    of the blocks count: before the last stage one, in which its few draws stand."""
+    _, size, dim = few.shape
+    blocks = draws.reshape(2, -1, size // 2, dim).swapaxes(0, 1).reshape(-1, size, dim)
+    is_last = stage == LAST
+    first = jnp.where(is_last, blocks[0], few[stage])
+    return blocks.at[0].set(first), jnp.where(is_last, len(blocks), 1)
+
+
+def stacked(
+    f: Callable[[jax.Array], tuple[jax.Array, ...]],
+    blocks: jax.Array,
+    number: jax.Array,
+    shapes: tuple[tuple[int, ...], ...],
+) -> tuple[jax.Array, ...]:
+    """f of the first blocks, arrays with a row of these shapes for every draw, in the order of the
+    draws before they were `in_blocks`; zeros for the draws of the other blocks."""
+
+    def put(i: jax.Array, found: tuple) -> tuple:
+        new = f(blocks[i])
         return tuple(
             lax.dynamic_update_index_in_dim(old, now, i, 0)
             for old, now in zip(found, new, strict=True)
         )
 
-    blank = tuple(jnp.zeros((number, used.block, *shape), draws.dtype) for shape in shapes)
-    found = lax.fori_loop(0, used.count, add, blank)
+    blank = tuple(jnp.zeros((*blocks.shape[:2], *shape), blocks.dtype) for shape in shapes)
+    found = lax.fori_loop(0, number, put, blank)
+    half = blocks.shape[1] // 2
     return tuple(
-        leaf.reshape(number, 2, half, *shape).swapaxes(0, 1).reshape(len(draws), *shape)
+        leaf.reshape(-1, 2, half, *shape).swapaxes(0, 1).reshape(-1, *shape)
         for leaf, shape in zip(found, shapes, strict=True)
     )
 
 
-def exists(expand: Callable[[jax.Array], Any], draws: jax.Array, num_model: int) -> bool:
-    """Whether the log density has second derivatives."""
-    size = 2 * draws.shape[1] + num_model
-    try:
-        # JAX raises for some functions only where they are mapped, as they are over lanes.
-        jax.eval_shape(jax.vmap(expand), jax.ShapeDtypeStruct((1, size), draws.dtype))
-    except MISSING:
-        return False
-    return True
+def _matrix_free(log_density: LogDensity, draws: jax.Array, few: jax.Array, size: int) -> Smooth:
+    """F in stages without a Hessian: sums over the blocks that count, and products by
+    differentiating these."""
+    _, num_few, dim = few.shape
+    at_once = divisor(num_few, BLOCK // size)
+
+    def share(x: jax.Array, e: jax.Array) -> jax.Array:
+        m, w, theta = split(x, dim)
+        return -log_density(m + jnp.exp(w) * e, theta) - jnp.sum(w)
+
+    @jax.jit
+    def expand(x: jax.Array, stage: Any) -> tuple[jax.Array, jax.Array]:
+        blocks, number = in_blocks(draws, few, stage)
+
+        def add(i: jax.Array, sums: tuple) -> tuple:
+            found = over(lambda e: jax.value_and_grad(share)(x, e), blocks[i], at_once)
+            return jax.tree.map(lambda total, new: total + new.sum(0), sums, found)
+
+        sums = lax.fori_loop(0, number, add, (jnp.zeros((), x.dtype), jnp.zeros_like(x)))
+        return jax.tree.map(lambda total: total / (number * num_few), sums)
+
+    def product(at: tuple[jax.Array, jax.Array], v: jax.Array) -> jax.Array:
+        x, stage = at
+        return along(lambda x: expand(x, stage)[1], x, v, units(x, dim))
+
+    return Smooth(lambda x, stage: (*expand(x, stage), (x, jnp.asarray(stage))), product)
 
 
 def units(x: jax.Array, dim: int) -> jax.Array:
@@ -177,10 +220,7 @@ def units(x: jax.Array, dim: int) -> jax.Array:
 
 
 def loss(
-    log_density: LogDensity,
-    draws: jax.Array,
-    at_once: int | None = None,
-    used: Used | None = None,
+    log_density: LogDensity, draws: jax.Array, at_once: int | None = None
 ) -> Callable[[jax.Array], jax.Array]:
     """F as a plain function, the log density of `at_once` draws evaluated side by side."""
     dim = draws.shape[1]
@@ -188,10 +228,7 @@ def loss(
     def at(x: jax.Array) -> jax.Array:
         m, w, theta = split(x, dim)
         terms = over(lambda e: log_density(m + jnp.exp(w) * e, theta), draws, at_once)
-        if used is None:
-            return -jnp.mean(terms) - jnp.sum(w)
-        blocks = jnp.arange(len(draws)) % (len(draws) // 2) // (used.block // 2)
-        return -jnp.mean(terms, where=blocks < used.count) - jnp.sum(w)
+        return -jnp.mean(terms) - jnp.sum(w)
 
     return at
 

@@ -16,8 +16,8 @@ from jax.scipy.sparse.linalg import cg
 from vi_params._over import divisor
 from vi_params.guides import mean_field
 from vi_params.solvers.curvature import along
-from vi_params.solvers.deterministic import Layout
 from vi_params.solvers.fixed_draws import BLOCK, loss
+from vi_params.solvers.layout import Layout
 from vi_params.solvers.solution import SolverStatus
 from vi_params.target import Target
 

@@ -23,9 +23,9 @@ from vi_params.guides import full_rank, mean_field
 from vi_params.guides.low_rank import checked_rank
 from vi_params.params import unconstrain
 from vi_params.solvers.curvature import along
-from vi_params.solvers.deterministic import Layout
 from vi_params.solvers.fixed_draws import BLOCK, Response, exists, expansion
 from vi_params.solvers.inverse_products import standard_error
+from vi_params.solvers.layout import Layout
 from vi_params.solvers.low_rank_response import build_low_rank
 from vi_params.solvers.solution import (
     Solution,
@@ -35,6 +35,7 @@ from vi_params.solvers.solution import (
     require_mean_field,
 )
 from vi_params.solvers.start import data_of
+from vi_params.solvers.trust_region import LAST
 from vi_params.target import Target, flat, whole
 
 HESSIANS = 2**24
@@ -136,7 +137,7 @@ def _build(target: Target, name: str) -> tuple[Guide, Quick, Quick]:
 
         by_draw = expansion(log_density, draws, layout.size(data), 0)
         if draws.size * 4 * dim <= HESSIANS and exists(by_draw, draws, 0):
-            return by_draw(x)[2]
+            return by_draw(x, LAST)[2]
 
         at_once = divisor(len(draws), BLOCK // layout.size(data))
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from vi_params._tree import all_finite, where_tree
@@ -22,19 +23,23 @@ RADIUS = 1.0
 LARGEST = 1e8
 """The largest radius: flat priors on raw data may start millions of standard deviations away."""
 
+LAST = np.int32(-1)
+"""The stage of a function that has one only, and the last one of others."""
+
 CG_STEPS = 200
 """How many products with the Hessian one step takes at most."""
 
 
 class Smooth(NamedTuple):
-    """A function of a vector that has a gradient and a Hessian.
+    """A function of a vector that has a gradient and a Hessian, or several, one for each stage.
 
     Attributes:
-        expand: `x -> (value, gradient, curvature)`, the curvature any pytree of arrays.
+        expand: `(x, stage) -> (value, gradient, curvature)`, the curvature any pytree of arrays,
+            the stage an int32 that may be traced.
         product: `(curvature, v) -> H v`.
     """
 
-    expand: Callable[[jax.Array], tuple[jax.Array, jax.Array, Any]]
+    expand: Callable[[jax.Array, Any], tuple[jax.Array, jax.Array, Any]]
     product: Callable[[Any, jax.Array], jax.Array]
 
 
@@ -49,7 +54,7 @@ def matrix_free(
     """
     slope = jax.grad(f)
     expand = jax.value_and_grad(f)
-    return Smooth(lambda x: (*expand(x), x), lambda x, v: along(slope, x, v, scale(x)))
+    return Smooth(lambda x, stage: (*expand(x), x), lambda x, v: along(slope, x, v, scale(x)))
 
 
 class Minimum(NamedTuple):
@@ -70,6 +75,14 @@ class Minimum(NamedTuple):
     status: jax.Array
 
 
+def not_begun(f: Smooth, x: jax.Array) -> Minimum:
+    """What is known before the first start, of shape x, was tried."""
+    like = jax.eval_shape(f.expand, x, LAST)[2]
+    curvature = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+    infinite = jnp.full((), jnp.inf, x.dtype)
+    return Minimum(x, infinite, curvature, jnp.int32(0), jnp.int32(SolverStatus.INVALID_START))
+
+
 class _State(NamedTuple):
     x: jax.Array
     value: jax.Array
@@ -88,6 +101,8 @@ def minimise(
     *,
     tolerance: float,
     max_steps: int,
+    stage: Any = LAST,
+    enabled: jax.Array | bool = True,
 ) -> Minimum:
     """A local minimum of f.
 
@@ -99,6 +114,8 @@ def minimise(
         scale: x -> the diagonal of D, shape (n,).
         tolerance: stop after a full Newton step that promised to lower f by less than this.
         max_steps: how many steps are tried at most.
+        stage: of f.
+        enabled: whether to look for one at all; it may be traced.
     """
     num_starts, size = starts.shape
     smallest = jnp.finfo(starts.dtype).eps
@@ -112,11 +129,13 @@ def minimise(
             state.radius,
         )
         x = jnp.where(began, state.x + diagonal * model.step, starts[state.tries])
-        value, grad, curvature = f.expand(x)
+        value, grad, curvature = f.expand(x, stage)
         # Differences of f below its rounding say nothing: they count as promised.
         rounding = 10 * smallest * jnp.abs(value)
         ratio = (state.value - value + rounding) / (model.decrease + rounding)
         accepted = all_finite(value, grad, curvature) & ((ratio > 1e-4) | ~began)
+        # A step that neither promised nor made a difference need not be taken to be the last.
+        ended = accepted | (jnp.abs(value - state.value) < tolerance)
         length = jnp.linalg.norm(model.step)
         grown = jnp.where(
             (ratio > 0.75) & model.at_boundary,
@@ -130,24 +149,24 @@ def minimise(
             radius=jnp.where(began, radius, RADIUS),
             tries=state.tries + ~began,
             steps=state.steps + began,
-            done=began & accepted & ~model.at_boundary & (model.decrease < tolerance),
+            done=began & ended & ~model.at_boundary & (model.decrease < tolerance),
         )
 
     def go_on(state: _State) -> jax.Array:
         trying = jnp.isinf(state.value) & (state.tries < num_starts)
         improving = (state.steps < max_steps) & (state.radius > smallest) & ~state.done
-        return trying | (jnp.isfinite(state.value) & improving)
+        return enabled & (trying | (jnp.isfinite(state.value) & improving))
 
-    like = jax.eval_shape(f.expand, starts[0])[2]
+    blank = not_begun(f, starts[0])
     start = _State(
-        starts[0],
-        jnp.full((), jnp.inf, starts.dtype),
+        blank.x,
+        blank.value,
         jnp.zeros(size, starts.dtype),
-        jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like),
-        jnp.full((), RADIUS, starts.dtype),
-        jnp.int32(0),
-        jnp.int32(0),
-        jnp.bool_(False),
+        blank.curvature,
+        radius=jnp.full((), RADIUS, starts.dtype),
+        tries=jnp.int32(0),
+        steps=blank.steps,
+        done=jnp.bool_(False),
     )
     end = lax.while_loop(go_on, body, start)
     status = jnp.select(

@@ -1,0 +1,120 @@
+"""Lanes in two stages: the same F at few draws and at all, distinct optima, shared results."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import vi_params as vi
+from vi_params.approximation.optima import optima
+from vi_params.solvers.fixed_draws import FEW, fixed_draws, units
+from vi_params.solvers.lanes import FAR_BELOW, led
+from vi_params.solvers.trust_region import LAST, Minimum
+
+KEY = jax.random.key(0)
+
+
+def modes(heights):
+    """Two normals in the plane, far apart."""
+
+    def log_density(values, latents, data):
+        z = latents["z"]
+        first = data[0] - 0.5 * jnp.sum((z + 6.0) ** 2)
+        second = data[1] - 0.5 * jnp.sum((z - 6.0) ** 2)
+        return jnp.logaddexp(first, second)
+
+    return vi.target(log_density, {"z": vi.Latent((2,))}, data=jnp.asarray(heights))
+
+
+def test_a_first_stage_is_the_loss_at_its_few_draws():
+    """Value, gradient, Hessian and slopes are those of a loss at these draws alone, with a Hessian
+    held as a matrix and with products; those of the last stage are those at all draws."""
+
+    def log_density(u, theta):
+        return -jnp.sum(u**4) - jnp.prod(u[:2])
+
+    for dim in (2, 40):
+        draws = vi.noise.moment_matched().draw(KEY, 12, dim)
+        few = jnp.stack(
+            [vi.noise.moment_matched().draw(jax.random.key(i), FEW, dim) for i in (1, 2)]
+        )
+        rng = np.random.default_rng(0)
+        x, v = (jnp.asarray(rng.normal(size=2 * dim) * 0.3, jnp.float32) for _ in range(2))
+        for size in (1, 2**30):  # all at once; one by one
+            staged = fixed_draws(log_density, draws, size, 0, few)
+            for stage, alone in ((np.int32(0), few[0]), (np.int32(1), few[1]), (LAST, draws)):
+                plain = fixed_draws(log_density, alone, size, 0)
+                expected, found = plain.expand(x, LAST), staged.expand(x, stage)
+                for one, other in zip(expected[:2], found[:2], strict=True):
+                    np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+                products = plain.product(expected[2], v), staged.product(found[2], v)
+                np.testing.assert_allclose(*products, rtol=1e-3, atol=1e-3)
+                if dim == 2:
+                    rows = jnp.array([0, 1, 6, 7]) if stage != LAST else jnp.arange(12)
+                    slopes = found[2].slopes[rows]
+                    np.testing.assert_allclose(slopes, expected[2].slopes, rtol=1e-4, atol=1e-4)
+        assert units(x, dim).shape == x.shape
+
+
+def test_every_optimum_is_found_the_best_first():
+    found = optima(modes([0.0, 1.0]), KEY, jnp.array([0.0, 1.0]), {}, 8)
+    elbos = [float(one.info.elbo) for one in found]
+    # log of height times mass, 2 pi in the plane.
+    expected = sorted([np.log(2 * np.pi), 1.0 + np.log(2 * np.pi)], reverse=True)
+    np.testing.assert_allclose(elbos, expected, atol=1e-3)
+    locs = np.array([one.params["guide"]["loc"] for one in found])
+    np.testing.assert_allclose(locs, [[6.0, 6.0], [-6.0, -6.0]], atol=1e-2)
+
+
+def test_lanes_of_one_optimum_share_its_result():
+    """Each lane has parameters, ELBO and response of the lane that went on for it, to the bit."""
+    target = vi.target(
+        lambda values, latents, data: -jnp.sum(jnp.cosh(latents["z"] - 1.0)),
+        {"z": vi.Latent((3,))},
+    )
+    solution = vi.solvers.deterministic(target, KEY, lanes=6)
+    found = (*solution.lanes, solution.info.lane_elbos, solution.info.lane_statuses)
+    for leaf in map(np.asarray, jax.tree.leaves(found)):
+        np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[0], leaf.shape))
+    two = vi.solvers.deterministic(modes([0.0, 1.0]), KEY, lanes=6)
+    right = np.asarray(two.lanes[0]["guide"]["loc"])[:, 0] > 0
+    assert 0 < right.sum() < 6
+    elbos = np.where(right, 1.0, 0.0) + np.log(2 * np.pi)
+    np.testing.assert_allclose(two.info.lane_elbos, elbos, atol=1e-3)
+
+
+def test_who_goes_on():
+    """The best of every optimum, distances in the smaller scale; not what is far below, or has no
+    finite loss; a lane that is at the second stage already in any case."""
+    locs = jnp.array([0.0, 0.5, 5.0, 5.1, 9.0, 20.0, 30.0, 0.2])
+    scales = jnp.array([1.0, 1.0, 1.0, 0.01, 1.0, 1.0, 1.0, 1.0])
+    value = jnp.array([2.0, 1.0, 3.0, 2.5, FAR_BELOW + 2.0, jnp.inf, jnp.nan, -jnp.inf])
+    x = jnp.stack([locs, jnp.log(scales)], axis=1)
+    blank = jnp.zeros(8, jnp.int32)
+    # 2 is ten scales of 3 away from it; 7, whose loss is not known, is before all others.
+    assert led(Minimum(x, value, (), blank, blank), 1).tolist() == [7, 7, 2, 3, -1, -1, -1, 7]
+
+
+def test_an_optimum_at_few_draws_need_not_be_finite_at_all():
+    """A lane whose first optimum is of no use at all draws goes on from its own starts."""
+
+    def log_density(values, latents, data):
+        z = latents["z"]
+        return jnp.where(jnp.abs(z) < 1.6, -0.5 * z**2, -jnp.inf)
+
+    target = vi.target(log_density, {"z": vi.Latent(())})
+    solution = vi.solvers.deterministic(target, KEY, init={"z": 0.1})
+    # Four matched draws end at scale 1: none is above sqrt(2). Of all draws one is outside then.
+    assert float(jnp.max(jnp.abs(solution.noise))) > 1.6
+    own = solution.params["guide"]
+    assert float(jnp.max(jnp.abs(own["loc"] + jnp.exp(own["scale"]) * solution.noise))) < 1.6
+    assert np.isfinite(solution.info.elbo)
+
+
+def test_stages_are_one_program(compilations):
+    target = modes([0.0, 0.0])
+    vi.solvers.deterministic(target, KEY)
+    other = jnp.array([1.0, 0.5])
+    with compilations() as seen:
+        found = vi.solvers.deterministic(target, jax.random.key(5), other)
+    assert seen == []
+    assert np.any(np.isclose(found.info.elbo, other + np.log(2 * np.pi), atol=1e-3))
