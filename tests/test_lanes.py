@@ -99,14 +99,14 @@ def test_an_optimum_at_few_draws_need_not_be_finite_at_all():
 
     def log_density(values, latents, data):
         z = latents["z"]
-        return jnp.where(jnp.abs(z) < 1.6, -0.5 * z**2, -jnp.inf)
+        return jnp.where(jnp.abs(z) <= 1.6, -0.5 * z**2, -jnp.inf)
 
     target = vi.target(log_density, {"z": vi.Latent(())})
     solution = vi.solvers.deterministic(target, KEY, init={"z": 0.1})
     # Four matched draws end at scale 1: none is above sqrt(2). Of all draws one is outside then.
     assert float(jnp.max(jnp.abs(solution.noise))) > 1.6
     own = solution.params["guide"]
-    assert float(jnp.max(jnp.abs(own["loc"] + jnp.exp(own["scale"]) * solution.noise))) < 1.6
+    assert float(jnp.max(jnp.abs(own["loc"] + jnp.exp(own["scale"]) * solution.noise))) < 1.601
     assert np.isfinite(solution.info.elbo)
 
 

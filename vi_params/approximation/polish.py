@@ -13,11 +13,7 @@ from vi_params.approximation.candidate import Candidate, best_of, worse
 from vi_params.approximation.result import judge, resampled
 from vi_params.solvers.linear_response import gradients
 from vi_params.solvers.mixture_families import slopes_at
-from vi_params.solvers.population_monte_carlo import (
-    GOOD_SHARE,
-    Population,
-    population,
-)
+from vi_params.solvers.population_monte_carlo import GOOD_SHARE, Population, population
 from vi_params.solvers.solution import Slopes
 from vi_params.target import Target, flat
 
@@ -42,6 +38,10 @@ ACTIVE = 4
 
 LARGEST = 500
 """The largest dimension in which a mixture is tried."""
+
+ENOUGH = 1 / 3
+"""The share of effective draws above which a mixture that is free along some directions is good
+enough: more of them are in the other directions, where further rounds change nothing."""
 
 ROUNDS = 16
 """How many rounds are made at most."""
@@ -73,11 +73,13 @@ def polish(target: Target, start: Candidate, keys: Iterator[jax.Array], data: An
         drawn, _ = weighted.ahead(pool, shapes, key, data)
         refit.ahead(pool, shapes, drawn)
 
+    enough = GOOD_SHARE if num_active is None else ENOUGH
+
     def judged(params: Any) -> Candidate:
         drawn, diagnosis = weighted(params, next(keys), data)
         solution = start.solution._replace(guide=rounds.guide, params=params)
         diagnosis = jax.device_get(diagnosis)
-        return Candidate(POLISHED, solution, diagnosis, drawn, GOOD_SHARE)
+        return Candidate(POLISHED, solution, diagnosis, drawn, enough)
 
     tried: list[Candidate] = []
     params, made = begin(params, key, start.drawn, slopes), 0
