@@ -16,19 +16,17 @@ import jax.numpy as jnp
 from vi_params._cache import program
 from vi_params._check import explain, require_count, require_key, require_names
 from vi_params._compile import Quick
-from vi_params._over import lanes_at_once, over_lanes
-from vi_params._tree import all_finite, strong
+from vi_params._tree import strong
 from vi_params.guide import Guide
 from vi_params.guides import mean_field
 from vi_params.noise import Noise, moment_matched, orthogonal
 from vi_params.params.declare import Declared
 from vi_params.params.maps import abstract_params
-from vi_params.solvers.fixed_draws import FEW, fixed_draws
-from vi_params.solvers.lanes import in_two_stages
+from vi_params.solvers.fixed_draws import FEW
+from vi_params.solvers.lanes import search
 from vi_params.solvers.layout import Layout
 from vi_params.solvers.solution import Solution, require_mean_field
 from vi_params.solvers.start import data_of, lane_radii, nats, unchanging
-from vi_params.solvers.trust_region import LAST, Minimum, minimise, not_begun
 from vi_params.target import Target, flat, whole
 
 FEWEST = 32
@@ -192,43 +190,22 @@ def _build(
 ) -> tuple[Guide, Quick]:
     guide = mean_field(target, init=init, name=name)
     layout = Layout(target, guide, fixed_names)
-    dim, radii = layout.dim, lane_radii(lanes)
-    # An accelerator evaluates all draws in the time of few.
-    staged = lanes_at_once(lanes) == 1 and num_draws > FEW and num_draws % FEW == 0
+    radii = lane_radii(lanes)
 
     @Quick
     def solve(key: jax.Array, data: Any, fixed: Any, start: Any) -> tuple:
-        draws = scheme.draw(jax.random.fold_in(key, lanes), num_draws, dim)
-        keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(jnp.arange(lanes))
-        few = None
-        if staged:
-            few = jax.vmap(lambda key: moment_matched().draw(key, FEW, dim))(keys[:, 1])
-        size = lanes_at_once(lanes) * layout.size(data)
-        f = fixed_draws(layout.log_density(data, fixed), draws, size, layout.num_model, few)
-
-        def search(i: Any, stage: Any, x: jax.Array, enabled: Any) -> Minimum:
-            starts = layout.starts(keys[i, 0], radii[i])
-            starts = starts.at[0].set(jnp.where(all_finite(x), x, starts[0]))
-            return minimise(
-                f,
-                starts,
-                layout.units,
-                tolerance=tolerance,
-                max_steps=max_steps,
-                stage=stage,
-                enabled=enabled,
-            )
-
-        blank = not_begun(f, jnp.full(layout.length, jnp.nan, draws.dtype))
-        begun = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (lanes, *leaf.shape)), blank)
-        if start is not None:
-            x, value = begun.x.at[0].set(layout.vector(start)), begun.value.at[0].set(-jnp.inf)
-            begun = begun._replace(x=x, value=value)
-        if staged:
-            found = in_two_stages(search, begun, dim, num_ready=int(start is not None))
-        else:
-            lane = lambda at: search(at[0], LAST, at[1], True)  # noqa: E731
-            found = over_lanes(lane, (jnp.arange(lanes), begun.x))
+        draws = scheme.draw(jax.random.fold_in(key, lanes), num_draws, layout.dim)
+        found = search(
+            layout,
+            layout.log_density(data, fixed),
+            layout.size(data),
+            draws,
+            key,
+            radii,
+            tolerance=tolerance,
+            max_steps=max_steps,
+            start=start,
+        )
         return layout.result(found, draws, fixed)
 
     return guide, solve

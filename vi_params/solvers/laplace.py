@@ -231,15 +231,19 @@ def curvature_units(loss: Callable[[jax.Array], jax.Array], u: jax.Array) -> jax
 
 def curvature(loss: Callable[[jax.Array], jax.Array], u: jax.Array) -> Curvature:
     """The Hessian of a loss as that of a Gaussian."""
-    hessian = dense_hessian(jax.grad(loss), u)
+    return of_hessian(dense_hessian(jax.grad(loss), u))
+
+
+def of_hessian(hessian: jax.Array) -> Curvature:
+    """A Hessian as that of a Gaussian, shape (dim, dim)."""
     unit = _units(jnp.diagonal(hessian))
     # In units of its diagonal the matrix has entries of order one, whatever those of the latents.
     scaled = unit[:, None] * (0.5 * (hessian + hessian.T)) * unit
     root = jnp.linalg.cholesky(scaled)
-    inverse = jax.scipy.linalg.cho_solve((root, True), jnp.eye(u.size, dtype=u.dtype))
+    inverse = jax.scipy.linalg.cho_solve((root, True), jnp.eye(len(unit), dtype=unit.dtype))
     scale_tril = jnp.linalg.cholesky(0.5 * (inverse + inverse.T))
     definite = jnp.all(jnp.isfinite(scale_tril))
-    scale_tril = jnp.where(definite, scale_tril, jnp.eye(u.size, dtype=u.dtype))
+    scale_tril = jnp.where(definite, scale_tril, jnp.eye(len(unit), dtype=unit.dtype))
     log_det = 2 * jnp.sum(jnp.log(jnp.diagonal(root))) - 2 * jnp.sum(jnp.log(unit))
     return Curvature(unit, unit[:, None] * scale_tril, log_det, definite)
 

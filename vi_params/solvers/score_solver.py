@@ -1,6 +1,5 @@
 """From a target to a Gaussian by its scores: what such solvers have in common."""
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,20 +9,20 @@ import jax.numpy as jnp
 from vi_params._cache import program
 from vi_params._check import require_count, require_key, require_positive
 from vi_params._compile import Quick
-from vi_params._over import lanes_at_once, over_lanes
 from vi_params.guide import Guide
-from vi_params.guides.starts import start_vector
+from vi_params.guides import mean_field
 from vi_params.noise import moment_matched
 from vi_params.params import unconstrain
-from vi_params.solvers.fixed_draws import fixed_draws, units
-from vi_params.solvers.laplace import curvature
+from vi_params.solvers.fixed_draws import Response
+from vi_params.solvers.lanes import search
+from vi_params.solvers.laplace import curvature, of_hessian
+from vi_params.solvers.layout import Layout
 from vi_params.solvers.score_loop import Matching, match_scores
 from vi_params.solvers.score_updates import Dense, LowRank, Rule, factor_analysis
 from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus
 from vi_params.solvers.start import (
     Given,
     data_of,
-    first_finite,
     given_gaussian,
     is_gaussian,
     lane_radii,
@@ -31,7 +30,6 @@ from vi_params.solvers.start import (
     require_model,
     unchanging,
 )
-from vi_params.solvers.trust_region import minimise
 from vi_params.target import Target, flat
 
 FIRST_LANES = 4
@@ -137,43 +135,32 @@ def _build(
 def gaussian_start(target: Target, init: Any) -> Callable[[jax.Array, Any], Given]:
     """`(key, data) -> Given`: a first Gaussian from points as `vi.guides.mean_field` starts at.
 
-    The mean-field optimum at a few fixed draws, from several points, and the curvature at its
-    location. A mode would not do: that of a funnel lies in its neck, where hardly any mass is.
+    The mean-field optimum at a few fixed draws, from several points, with the curvature over these
+    draws, or at its location where Hessians are not held. A mode would not do: that of a funnel
+    lies in its neck, where hardly any mass is.
     """
-    density, begin, dim = log_density(target), start_vector(target, init), flat(target).dim
+    density, dim = log_density(target), flat(target).dim
+    layout = Layout(target, mean_field(target, init=init, init_scale=FIRST_SCALE))
 
     def first_gaussian(key: jax.Array, data: Any) -> Given:
-        def loss(u: jax.Array) -> jax.Array:
-            return -density(u, {}, data)
-
-        size = dim + sum(leaf.size for leaf in jax.tree.leaves(data))
         draws = moment_matched().draw(jax.random.fold_in(key, FIRST_LANES), FIRST_DRAWS, dim)
-        free_energy = fixed_draws(
-            lambda u, theta: density(u, {}, data), draws, lanes_at_once(FIRST_LANES) * size, 0
+        found = search(
+            layout,
+            lambda u, theta: density(u, {}, data),
+            layout.size(data),
+            draws,
+            key,
+            lane_radii(FIRST_LANES),
+            tolerance=FIRST_TOLERANCE,
+            max_steps=FIRST_STEPS,
         )
-
-        def lane(at: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            i, radius = at
-            u = first_finite(
-                lambda u: -loss(u), lambda key: radius * begin(key), jax.random.fold_in(key, i)
-            )
-            found = minimise(
-                free_energy,
-                jnp.concatenate([u, jnp.full(dim, math.log(FIRST_SCALE), u.dtype)])[None],
-                lambda x: units(x, dim),
-                tolerance=FIRST_TOLERANCE,
-                max_steps=FIRST_STEPS,
-            )
-            settled = found.status == SolverStatus.CONVERGED
-            rank = jnp.where(jnp.isfinite(found.value), -found.value, -jnp.inf)
-            # Where no draw was finite, the point itself is tried.
-            loc = jnp.where(jnp.isfinite(found.value), found.x[:dim], u)
-            return loc, jnp.stack([1.0 * settled, rank])
-
-        starts = jnp.arange(FIRST_LANES), lane_radii(FIRST_LANES)
-        locs, ranks = over_lanes(lane, starts)
-        loc = locs[jnp.lexsort((ranks[:, 1], ranks[:, 0]))[-1]]
-        return Given(loc, curvature(loss, loc).scale_tril, {})
+        settled = found.status == SolverStatus.CONVERGED
+        rank = jnp.where(jnp.isfinite(found.value), -found.value, -jnp.inf)
+        best = jax.tree.map(lambda leaf: leaf[jnp.lexsort((rank, settled))[-1]], found)
+        loc = best.x[:dim]
+        if isinstance(best.curvature, Response):
+            return Given(loc, of_hessian(best.curvature.hessian[:dim, :dim]).scale_tril, {})
+        return Given(loc, curvature(lambda u: -density(u, {}, data), loc).scale_tril, {})
 
     return first_gaussian
 
