@@ -62,10 +62,10 @@ def approximate(
     distinct optima were found, their mixture; where that is not good enough, a mixture of Student-t
     distributions polished by population Monte Carlo, in all directions in up to 32 dimensions and
     along the most active ones in up to 500. It stops at the first that is good: k-hat below 0.5 and
-    a fifth of the draws effective (of a mixture, which was fitted to such weights, a half, or a
-    third where it is free along some directions only). Trusted is what has a k-hat below 0.7 in two
-    independent judgements and 15 % of the draws effective; of several, first those whose log
-    evidence shows that they miss no mass, then a k-hat below 0.5, then the most effective.
+    a fifth of the draws effective (a half for the mixture, which was fitted to such weights).
+    Trusted is what has a k-hat below 0.7 in two independent judgements and 15 % of the draws
+    effective; of several, of those whose log evidence shows that they miss no mass the most
+    effective, a k-hat above 0.5 counted against it.
 
     Hierarchies of NumPyro programs are approximated in partially centred coordinates where
     `vi.recentred` has them; how far each latent is centred, a pilot decides by how much the data

@@ -25,6 +25,9 @@ MISSED = 0.15
 """By how many nats less log evidence one approximation shows that it misses mass of another: more
 than chance makes between two that are to be trusted."""
 
+HEAVY = 0.7
+"""What a share of effective draws counts for where their weights have a heavy tail."""
+
 ENOUGH = 0.2
 """The share of effective draws above which there is nothing left to gain."""
 
@@ -55,6 +58,11 @@ class Candidate(NamedTuple):
     def share(self) -> float:
         """How many of the draws are effective."""
         return _share(self.diagnosis)
+
+    @property
+    def merit(self) -> float:
+        """The share of effective draws, of less worth where the tail is heavy."""
+        return self.share if self.k_hat < GOOD_K_HAT else HEAVY * self.share
 
     @property
     def is_good(self) -> bool:
@@ -119,8 +127,8 @@ def _wide_tailed(target: Target, name: str) -> Guide:
 
 
 def best_of(candidates: list[Candidate]) -> Candidate:
-    """Of those to be trusted that miss no mass which another one sees, the most effective, a light
-    tail first; else the one whose weights have the lightest tail, and among light ones the most
+    """Of those to be trusted that miss no mass which another one sees, the one of the largest
+    merit; else the one whose weights have the lightest tail, and among light ones the most
     effective."""
     trusted = [one for one in candidates if one.is_trustworthy]
     if trusted:
@@ -129,5 +137,5 @@ def best_of(candidates: list[Candidate]) -> Candidate:
         ]
         least = max(evidences) - MISSED
         whole = [one for one, e in zip(trusted, evidences, strict=True) if e >= least]
-        return max(whole, key=lambda one: (one.k_hat < GOOD_K_HAT, one.share))
+        return max(whole, key=lambda one: one.merit)
     return min(candidates, key=lambda one: (max(one.k_hat, GOOD_K_HAT), -one.share))

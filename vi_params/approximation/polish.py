@@ -39,15 +39,12 @@ ACTIVE = 4
 LARGEST = 500
 """The largest dimension in which a mixture is tried."""
 
-ENOUGH = 1 / 3
-"""The share of effective draws above which a mixture that is free along some directions is good
-enough: more of them are in the other directions, where further rounds change nothing."""
-
 ROUNDS = 16
 """How many rounds are made at most."""
 
-PATIENCE = 4
-"""After how many rounds in which no larger share of the draws was effective they end."""
+PATIENCE, GAIN = 4, 1.1
+"""They end where so many rounds made the largest share of effective draws no larger than by this
+factor."""
 
 POLISHED = "population Monte Carlo"
 """What the polished mixture is called."""
@@ -73,13 +70,11 @@ def polish(target: Target, start: Candidate, keys: Iterator[jax.Array], data: An
         drawn, _ = weighted.ahead(pool, shapes, key, data)
         refit.ahead(pool, shapes, drawn)
 
-    enough = GOOD_SHARE if num_active is None else ENOUGH
-
     def judged(params: Any) -> Candidate:
         drawn, diagnosis = weighted(params, next(keys), data)
         solution = start.solution._replace(guide=rounds.guide, params=params)
         diagnosis = jax.device_get(diagnosis)
-        return Candidate(POLISHED, solution, diagnosis, drawn, enough)
+        return Candidate(POLISHED, solution, diagnosis, drawn, GOOD_SHARE)
 
     tried: list[Candidate] = []
     params, made = begin(params, key, start.drawn, slopes), 0
@@ -87,7 +82,8 @@ def polish(target: Target, start: Candidate, keys: Iterator[jax.Array], data: An
         tried.append(judged(params))
         made += 1
         shares = [one.share for one in tried]
-        stale = len(tried) - shares.index(max(shares)) > PATIENCE
+        before = shares[:-PATIENCE]
+        stale = bool(before) and max(shares) < GAIN * max(before)
         if tried[-1].is_good or stale or made == ROUNDS:
             best = best_of(tried)
             again = judged(best.solution.params)
