@@ -1,6 +1,8 @@
 """One call from a target to draws and a verdict: against closed forms, quadrature and NUTS."""
 
 import importlib
+import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,8 @@ from numpyro.infer import MCMC, NUTS
 
 import vi_params as vi
 from vi_params._cache import program
+from vi_params.approximation.candidate import Candidate, best_of
+from vi_params.approximation.polish import is_stale
 from vi_params.approximation.result import _deterministic
 
 KEY = jax.random.key(0)
@@ -307,3 +311,34 @@ def test_a_parameter_called_centring_is_the_models_own():
     found = vi.approximate(target, KEY, polish=False)
     assert found.coordinates is found.target
     np.testing.assert_allclose(found.params["centring"], 2.0, atol=0.05)
+
+
+def tried(k_hat, share, log_evidence=0.0):
+    diagnosis = types.SimpleNamespace(
+        k_hat=k_hat, ess=1000 * share, num_draws=1000, log_evidence=log_evidence
+    )
+    return Candidate("", None, diagnosis, None)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "best"),
+    [
+        ([tried(0.6, 0.5), tried(0.4, 0.3)], 0),  # effective enough to make up for its tail
+        ([tried(0.6, 0.5), tried(0.4, 0.4)], 1),
+        ([tried(0.2, 0.4), tried(0.3, 0.6)], 1),
+        ([tried(0.2, 0.9, -1.0), tried(0.3, 0.6)], 1),  # the first one misses mass
+        ([tried(0.75, 0.9), tried(0.6, 0.2)], 1),  # the first one is not to be trusted
+        ([tried(0.75, 0.1), tried(0.9, 0.9)], 0),  # none is
+        ([tried(0.4, math.nan), tried(0.6, 0.2)], 1),
+    ],
+)
+def test_which_of_several_is_taken(candidates, best):
+    assert best_of(candidates) is candidates[best]
+
+
+def test_rounds_end_when_the_last_ones_were_in_vain():
+    assert not is_stale([0.5, 0.4, 0.4, 0.4])  # too few
+    assert is_stale([0.5, 0.4, 0.4, 0.4, 0.54])
+    assert not is_stale([0.5, 0.4, 0.4, 0.4, 0.56])
+    assert not is_stale([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    assert not is_stale([0.0, 0.2, 0.0, 0.0, 0.0])

@@ -6,8 +6,8 @@ import numpy as np
 
 import vi_params as vi
 from vi_params.approximation.optima import optima
-from vi_params.solvers.fixed_draws import FEW, fixed_draws, units
-from vi_params.solvers.lanes import FAR_BELOW, led
+from vi_params.solvers.fixed_draws import FEW, fixed_draws
+from vi_params.solvers.lanes import in_two_stages, planned
 from vi_params.solvers.trust_region import LAST, Minimum
 
 KEY = jax.random.key(0)
@@ -52,7 +52,6 @@ def test_a_first_stage_is_the_loss_at_its_few_draws():
                     rows = jnp.array([0, 1, 6, 7]) if stage != LAST else jnp.arange(12)
                     slopes = found[2].slopes[rows]
                     np.testing.assert_allclose(slopes, expected[2].slopes, rtol=1e-4, atol=1e-4)
-        assert units(x, dim).shape == x.shape
 
 
 def test_every_optimum_is_found_the_best_first():
@@ -82,16 +81,80 @@ def test_lanes_of_one_optimum_share_its_result():
     np.testing.assert_allclose(two.info.lane_elbos, elbos, atol=1e-3)
 
 
+def minima(x, value):
+    zeros = jnp.zeros(len(value), jnp.int32)
+    return Minimum(x, value, (), zeros, zeros)
+
+
 def test_who_goes_on():
-    """The best of every optimum, distances in the smaller scale; not what is far below, or has no
-    finite loss; a lane that is at the second stage already in any case."""
-    locs = jnp.array([0.0, 0.5, 5.0, 5.1, 9.0, 20.0, 30.0, 0.2])
-    scales = jnp.array([1.0, 1.0, 1.0, 0.01, 1.0, 1.0, 1.0, 1.0])
-    value = jnp.array([2.0, 1.0, 3.0, 2.5, FAR_BELOW + 2.0, jnp.inf, jnp.nan, -jnp.inf])
+    """The best of every optimum, distances in the smaller scale, in the order of their losses; not
+    what has no finite loss; a lane that is at the second stage already before all others."""
+    locs = jnp.array([0.0, 0.5, 5.0, 5.1, 9.0, 20.0, 0.2])
+    scales = jnp.array([1.0, 1.0, 1.0, 0.01, 1.0, 1.0, 1.0])
+    value = jnp.array([2.0, 1.0, 3.0, 2.5, 90.0, jnp.inf, -jnp.inf])
     x = jnp.stack([locs, jnp.log(scales)], axis=1)
-    blank = jnp.zeros(8, jnp.int32)
-    # 2 is ten scales of 3 away from it; 7, whose loss is not known, is before all others.
-    assert led(Minimum(x, value, (), blank, blank), 1).tolist() == [7, 7, 2, 3, -1, -1, -1, 7]
+    order, leaders = planned(minima(x, value), 1)
+    assert order.tolist() == [6, 1, 0, 3, 2, 4, 5]
+    assert leaders.tolist() == [6, 6, 2, 3, 4, -1, 6]  # 2 is ten scales of 3 away from it
+    # Another value of the target's own parameter is another optimum.
+    model = jnp.where(jnp.arange(7) == 1, 1.0, 0.0)[:, None]
+    _, leaders = planned(minima(jnp.concatenate([x, model], axis=1), value), 1)
+    assert leaders.tolist() == [6, 1, 2, 3, 4, -1, 6]
+
+
+def test_the_best_of_two_optima_that_are_near_a_lane_leads_it():
+    locs = jnp.array([0.0, 3.0, 1.5])
+    x = jnp.stack([locs, jnp.zeros(3)], axis=1)
+    assert planned(minima(x, jnp.array([1.0, 0.0, 2.0])), 1)[1].tolist() == [0, 1, 1]
+
+
+def test_lanes_go_on_themselves_where_the_best_one_came_to_nothing():
+    """In the first stage lane 1 of three at one optimum is the best one; at all draws it fails."""
+    first = jnp.array([2.0, 1.0, 3.0])
+
+    def lane(number, stage, x, enabled):
+        is_last = stage == LAST
+        value = jnp.where(is_last, jnp.where(number == 1, jnp.inf, 10.0 + number), first[number])
+        here = Minimum(jnp.zeros(2) + 0.1 * number, value, (), jnp.int32(4), jnp.int32(0))
+        return jax.tree.map(lambda leaf: jnp.where(enabled, leaf, 99), here)
+
+    found = in_two_stages(lane, minima(jnp.full((3, 2), jnp.nan), jnp.full(3, jnp.inf)), 1)
+    assert found.value.tolist() == [10.0, jnp.inf, 12.0]
+    assert found.steps.tolist() == [8, 8, 8]
+
+
+def test_what_is_told_is_of_all_draws():
+    """Four draws flatter where latents are correlated: the ELBO, gradients at the draws and
+    statuses of every lane are those at all of them."""
+
+    def log_density(values, latents, data):
+        return -5e3 * jnp.sum(latents["z"]) ** 2 - 0.5 * jnp.sum(latents["z"] ** 2)
+
+    target = vi.target(log_density, {"z": vi.Latent((8,))})
+    precision = 1e4 * jnp.ones((8, 8)) + jnp.eye(8)
+    for seed in range(6):
+        solution = vi.solvers.deterministic(target, jax.random.key(seed), lanes=8)
+        scale = jnp.exp(solution.params["guide"]["scale"])
+        u = solution.params["guide"]["loc"] + scale * solution.noise
+        energy = 0.5 * jnp.mean(jnp.einsum("ni,ij,nj->n", u, precision, u))
+        entropy = jnp.sum(jnp.log(scale)) + 4 * (1 + jnp.log(2 * jnp.pi))
+        np.testing.assert_allclose(solution.info.elbo, entropy - energy, rtol=1e-4)
+        assert bool(jnp.all(jnp.any(solution.response.slopes != 0, axis=1)))
+        assert float(jnp.ptp(solution.info.lane_elbos)) < 1e-2  # it is a quadratic: one optimum
+
+
+def test_one_stage_for_lanes_side_by_side(monkeypatch):
+    """As on an accelerator: all lanes at all draws in step, to the same optimum."""
+    key = jax.random.key(3)
+    expected = vi.solvers.deterministic(modes([0.0, 1.0]), key)
+    for where in ("vi_params._over", "vi_params.solvers.lanes"):
+        monkeypatch.setattr(f"{where}.lanes_in_turn", lambda: False)
+    found = vi.solvers.deterministic(modes([0.0, 1.0]), key)
+    np.testing.assert_allclose(found.info.elbo, expected.info.elbo, atol=1e-3)
+    for one, other in zip(*map(jax.tree.leaves, (found.params, expected.params)), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-2)
+    elbos = np.where(np.asarray(found.lanes[0]["guide"]["loc"])[:, 0] > 0, 1.0, 0.0)
+    np.testing.assert_allclose(found.info.lane_elbos, elbos + np.log(2 * np.pi), atol=1e-3)
 
 
 def test_an_optimum_at_few_draws_need_not_be_finite_at_all():

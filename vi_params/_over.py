@@ -39,12 +39,17 @@ def over_lanes(lane: Callable[[Any], Any], xs: Any) -> Any:
     """`lane`, a search that ends when it is done, of every row of `xs`: on a CPU one after the
     other, which traces, compiles and runs in less time than all in step with the slowest."""
     number = jax.tree.leaves(xs)[0].shape[0]
-    return lax.map(lane, xs) if lanes_at_once(number) == 1 else jax.vmap(lane)(xs)
+    return lax.map(lane, xs) if lanes_in_turn() or number == 1 else jax.vmap(lane)(xs)
+
+
+def lanes_in_turn() -> bool:
+    """Whether `over_lanes` makes them one after the other."""
+    return jax.default_backend() == "cpu"
 
 
 def lanes_at_once(lanes: int) -> int:
     """How many lanes `over_lanes` makes side by side."""
-    return 1 if jax.default_backend() == "cpu" else lanes
+    return 1 if lanes_in_turn() else lanes
 
 
 def divisor(number: int, limit: int) -> int:

@@ -106,7 +106,7 @@ def _k_hat(diagnosis: Diagnosis) -> float:
 
 
 def _share(diagnosis: Diagnosis) -> float:
-    return float(diagnosis.ess) / int(diagnosis.num_draws)
+    return float(np.nan_to_num(diagnosis.ess)) / int(diagnosis.num_draws)
 
 
 def with_wide_tails(target: Target, solution: Solution) -> Solution:

@@ -81,10 +81,7 @@ def polish(target: Target, start: Candidate, keys: Iterator[jax.Array], data: An
     while True:
         tried.append(judged(params))
         made += 1
-        shares = [one.share for one in tried]
-        before = shares[:-PATIENCE]
-        stale = bool(before) and max(shares) < GAIN * max(before)
-        if tried[-1].is_good or stale or made == ROUNDS:
+        if tried[-1].is_good or is_stale([one.share for one in tried]) or made == ROUNDS:
             best = best_of(tried)
             again = judged(best.solution.params)
             found = best._replace(diagnosis=worse(best.diagnosis, again.diagnosis))
@@ -93,6 +90,12 @@ def polish(target: Target, start: Candidate, keys: Iterator[jax.Array], data: An
             # The best of many rounds was lucky; these draws show what it left out.
             tried = [again]
         params = refit(tried[-1].solution.params, tried[-1].drawn)
+
+
+def is_stale(shares: list[float]) -> bool:
+    """Whether the last rounds were in vain, by the shares of effective draws of all."""
+    before = shares[:-PATIENCE]
+    return bool(before) and max(shares) < GAIN * max(before)
 
 
 def _slopes(target: Target, start: Candidate, key: jax.Array, data: Any) -> Slopes:

@@ -55,8 +55,8 @@ def deterministic(
     Pure in (key, data); under `jax.vmap` take `solution.params` and `solution.info` out, since the
     guide is no array. For full data only: the draws stay the same, and so must the data. Its
     locations are good, its scales are those of mean-field: `vi.linear_response` corrects them. On a
-    CPU, and with a multiple of 4 draws, lanes begin at 4 draws, and of those that found the same
-    optimum there one goes on at all draws, for the others too.
+    CPU lanes begin at 4 draws, where those are a part of all, and of lanes that found the same
+    optimum there the best one goes on at all draws, for the others too.
     Where the log density has a gradient but no second derivative in JAX, Hessians are differences
     of gradients.
 
@@ -67,14 +67,15 @@ def deterministic(
         num_draws: how many draws, an even number; by default twice the dimension, at least 32 and
             a multiple of 4 (32 above dimension 256).
         noise: their scheme; `vi.noise.orthogonal()`, or `moment_matched()` above dimension 256.
-        lanes: from how many starts, the first the family's own, the next ones drawn in towards
+        lanes: from how many starts, the first the family's own, the next three drawn in towards
             zero, in unconstrained coordinates.
         init: where the first lane starts, as in `vi.guides.mean_field`; or a `Solution` of this
             solver, at other draws perhaps, at whose parameters it starts.
         fixed: those of the target's own parameters that stay as they are, unconstrained, by name.
         tolerance: stop after a Newton step promising less than this, in nats; by default 1e-6 in
             float64 and 1e-5 in float32.
-        max_steps: how many steps a lane tries at most, in either stage.
+        max_steps: how many steps a lane tries at most, in each of two stages; `info.steps` has
+            those of both.
         name: the name of the family's parameters.
 
     Returns:

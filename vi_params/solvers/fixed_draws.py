@@ -10,9 +10,8 @@ of l at the draws, g_i and H_i, by the chain rule through A_i = d(z_i, theta)/dx
     grad F = -1/M sum_i A_i' g_i - (0, 1, 0)
     hess F = -1/M sum_i [A_i' H_i A_i + diag(0, exp(w) e_i g_i, 0)].
 
-A search can begin at few draws and go on at all of them. The first stage costs little, and it
-strays less: the average over many draws about a start that is far off has optima of its own, at
-large scales.
+A search can begin at few draws and go on at all of them (`lanes`): by one program, since the draws
+are taken in blocks of so many.
 """
 
 from collections.abc import Callable
@@ -54,11 +53,6 @@ class Response(NamedTuple):
     slopes: jax.Array
 
 
-def is_dense(dim: int, num_model: int) -> bool:
-    """Whether the Hessian of that many latents and model parameters is held as a matrix."""
-    return dim + num_model <= DENSE
-
-
 def fixed_draws(
     log_density: LogDensity,
     draws: jax.Array,
@@ -79,7 +73,7 @@ def fixed_draws(
     """
     num_draws, dim = draws.shape
     expand = expansion(log_density, draws, size, num_model, few)
-    if is_dense(dim, num_model) and exists(expand, draws, num_model):
+    if dim + num_model <= DENSE and exists(expand, draws, num_model):
         return Smooth(expand, lambda curvature, v: curvature.hessian @ v)
     if few is not None:
         return _matrix_free(log_density, draws, few, size)
@@ -126,11 +120,10 @@ def expansion(
         else:
             # Their shapes are known: looking them up would trace the density once more.
             shapes = (), x.shape, (x.size, x.size), (dim,)
-            blocks, number = in_blocks(draws, few, stage)
-            num_few = few.shape[1]
-            count = number * num_few
-            side_by_side = divisor(num_few, at_once)
-            found = stacked(lambda e: over(one, e, side_by_side), blocks, number, shapes)
+            blocks = Blocks(draws, few, stage)
+            count = blocks.number * blocks.size
+            side_by_side = divisor(blocks.size, at_once)
+            found = blocks.stacked(lambda e: over(one, e, side_by_side), shapes)
             values, lifted, hessians, slopes = found
         pairs = lifted.reshape(2, -1, x.size).mean(0) - entropy
         curvature = Response(hessians.sum(0) / count, pairs, slopes)
@@ -150,39 +143,49 @@ def exists(expand: Callable[..., Any], draws: jax.Array, num_model: int) -> bool
     return True
 
 
-def in_blocks(draws: jax.Array, few: jax.Array, stage: Any) -> tuple[jax.Array, jax.Array]:
-    """All draws in blocks of as many as the few, one of every pair from either half, and how many
-    of the blocks count: before the last stage one, in which its few draws stand."""
-    _, size, dim = few.shape
-    blocks = draws.reshape(2, -1, size // 2, dim).swapaxes(0, 1).reshape(-1, size, dim)
-    is_last = stage == LAST
-    first = jnp.where(is_last, blocks[0], few[stage])
-    return blocks.at[0].set(first), jnp.where(is_last, len(blocks), 1)
+class Blocks:
+    """The draws of a stage in blocks: of the last stage all draws, in blocks of as many as the few,
+    one of every pair from either half; of another stage its few draws."""
 
+    def __init__(self, draws: jax.Array, few: jax.Array, stage: Any) -> None:
+        """Arguments as for `fixed_draws`."""
+        self.draws, self.few, self.stage = draws, few, stage
+        self.size, self.half = few.shape[1], few.shape[1] // 2
+        self.most = len(draws) // self.size
+        self.number = jnp.where(stage == LAST, self.most, 1)
 
-def stacked(
-    f: Callable[[jax.Array], tuple[jax.Array, ...]],
-    blocks: jax.Array,
-    number: jax.Array,
-    shapes: tuple[tuple[int, ...], ...],
-) -> tuple[jax.Array, ...]:
-    """f of the first blocks, arrays with a row of these shapes for every draw, in the order of the
-    draws before they were `in_blocks`; zeros for the draws of the other blocks."""
+    def block(self, i: jax.Array) -> jax.Array:
+        """Block i, shape (size, dim)."""
+        halves = self.draws.reshape(2, self.most, self.half, -1)[:, i]
+        return jnp.where(self.stage == LAST, halves.reshape(self.size, -1), self.few[self.stage])
 
-    def put(i: jax.Array, found: tuple) -> tuple:
-        new = f(blocks[i])
+    def summed(self, f: Callable[[jax.Array], tuple], blank: tuple) -> tuple:
+        """The sum of f over the blocks, from `blank` on."""
+
+        def add(i: jax.Array, sums: tuple) -> tuple:
+            return jax.tree.map(jnp.add, sums, f(self.block(i)))
+
+        return lax.fori_loop(0, self.number, add, blank)
+
+    def stacked(
+        self, f: Callable[[jax.Array], tuple], shapes: tuple[tuple[int, ...], ...]
+    ) -> tuple[jax.Array, ...]:
+        """f of the blocks, arrays with a row of these shapes for every draw, in the order of all
+        draws; zeros where a stage has fewer."""
+
+        def put(i: jax.Array, found: tuple) -> tuple:
+            return tuple(
+                lax.dynamic_update_index_in_dim(old, now, i, 0)
+                for old, now in zip(found, f(self.block(i)), strict=True)
+            )
+
+        dtype = self.draws.dtype
+        blank = tuple(jnp.zeros((self.most, self.size, *shape), dtype) for shape in shapes)
+        found = lax.fori_loop(0, self.number, put, blank)
         return tuple(
-            lax.dynamic_update_index_in_dim(old, now, i, 0)
-            for old, now in zip(found, new, strict=True)
+            leaf.reshape(-1, 2, self.half, *shape).swapaxes(0, 1).reshape(-1, *shape)
+            for leaf, shape in zip(found, shapes, strict=True)
         )
-
-    blank = tuple(jnp.zeros((*blocks.shape[:2], *shape), blocks.dtype) for shape in shapes)
-    found = lax.fori_loop(0, number, put, blank)
-    half = blocks.shape[1] // 2
-    return tuple(
-        leaf.reshape(-1, 2, half, *shape).swapaxes(0, 1).reshape(-1, *shape)
-        for leaf, shape in zip(found, shapes, strict=True)
-    )
 
 
 def _matrix_free(log_density: LogDensity, draws: jax.Array, few: jax.Array, size: int) -> Smooth:
@@ -197,14 +200,13 @@ def _matrix_free(log_density: LogDensity, draws: jax.Array, few: jax.Array, size
 
     @jax.jit
     def expand(x: jax.Array, stage: Any) -> tuple[jax.Array, jax.Array]:
-        blocks, number = in_blocks(draws, few, stage)
+        def total(e: jax.Array) -> tuple[jax.Array, jax.Array]:
+            found = over(lambda e: jax.value_and_grad(share)(x, e), e, at_once)
+            return jax.tree.map(lambda leaf: leaf.sum(0), found)
 
-        def add(i: jax.Array, sums: tuple) -> tuple:
-            found = over(lambda e: jax.value_and_grad(share)(x, e), blocks[i], at_once)
-            return jax.tree.map(lambda total, new: total + new.sum(0), sums, found)
-
-        sums = lax.fori_loop(0, number, add, (jnp.zeros((), x.dtype), jnp.zeros_like(x)))
-        return jax.tree.map(lambda total: total / (number * num_few), sums)
+        blocks = Blocks(draws, few, stage)
+        sums = blocks.summed(total, (jnp.zeros((), x.dtype), jnp.zeros_like(x)))
+        return jax.tree.map(lambda leaf: leaf / (blocks.number * num_few), sums)
 
     def product(at: tuple[jax.Array, jax.Array], v: jax.Array) -> jax.Array:
         x, stage = at

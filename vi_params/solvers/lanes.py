@@ -1,5 +1,4 @@
-"""A search for mean-field optima at fixed draws from several starts: at few draws, then those
-of distinct optima at all draws.
+"""A search for mean-field optima from several starts: at few draws, then the distinct ones at all.
 
 A lane at few draws costs little, and it strays less: the average over many draws about a start that
 is far off has optima of its own, at large scales. The lanes are searched one after the other, as it
@@ -13,10 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from vi_params._over import lanes_at_once, over_lanes
+from vi_params._over import lanes_at_once, lanes_in_turn, over_lanes
 from vi_params._tree import all_finite, where_tree
 from vi_params.noise import moment_matched
 from vi_params.solvers.fixed_draws import FEW, LogDensity, fixed_draws
@@ -24,9 +22,8 @@ from vi_params.solvers.layout import Layout
 from vi_params.solvers.optima import FAR
 from vi_params.solvers.trust_region import LAST, Minimum, minimise, not_begun
 
-FAR_BELOW = 20.0
-"""A lane that is this many nats worse than the best one after the first stage ends there; half a
-nat more for every latent, since few draws flatter."""
+SAME_MODEL = 0.1
+"""How far apart the target's own parameters may be at the same optimum; they have no scale."""
 
 
 def search(
@@ -57,7 +54,7 @@ def search(
     (lanes,) = radii.shape
     num_draws, dim = draws.shape
     keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(jnp.arange(lanes))
-    staged = lanes_at_once(lanes) == 1 and num_draws > FEW and num_draws % FEW == 0
+    staged = lanes_in_turn() and num_draws > FEW and num_draws % FEW == 0
     few = None
     if staged:
         few = jax.vmap(lambda key: moment_matched().draw(key, FEW, dim))(keys[:, 1])
@@ -65,9 +62,12 @@ def search(
 
     def lane(i: jax.Array, stage: Any, x: jax.Array, enabled: Any) -> Minimum:
         starts = layout.starts(keys[i, 0], radii[i])
+        # Few draws can end at scales too large for all of them: next its locations at small scales.
+        drawn_in = starts[0].at[:dim].set(x[:dim])
+        known = jnp.where(all_finite(x), jnp.stack([x, drawn_in]), starts[:2])
         return minimise(
             f,
-            starts.at[0].set(jnp.where(all_finite(x), x, starts[0])),
+            starts.at[:2].set(known),
             layout.units,
             tolerance=tolerance,
             max_steps=max_steps,
@@ -89,55 +89,64 @@ def in_two_stages(
     lane: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], Minimum],
     begun: Minimum,
     dim: int,
+    *,
     num_ready: int = 0,
 ) -> Minimum:
-    """Where the lanes ended; those of one optimum all have the results of the lane that went on.
+    """Where the lanes ended; those of one optimum have the results of the best of them, which alone
+    went on, unless it came to nothing.
 
     Args:
         lane: `(number, stage, x, enabled) -> Minimum`, from x, or from the lane's own starts where
             x or the loss there is not finite. The first stage of lane i is stage i.
         begun: one for every lane, x NaN but for those of the ready ones.
         dim: x is (m, w, theta), so many locations, as many log scales.
-        num_ready: how many lanes, the first ones, skip the first stage.
+        num_ready: how many lanes, the first ones, skip the first stage; their values are -inf.
     """
     lanes = len(begun.value)
-    before = lanes - num_ready
-    tasks = np.concatenate([np.arange(num_ready, lanes), np.arange(lanes)])
+    firsts = lanes - num_ready
+    numbers = jnp.arange(lanes, dtype=jnp.int32)
 
-    def task(carry: tuple[Minimum, jax.Array], number: jax.Array) -> tuple[tuple, None]:
-        found, leaders = carry
-        i, is_first = jnp.asarray(tasks, jnp.int32)[number], number < before
-        leaders = lax.cond(number == before, lambda: led(found, dim), lambda: leaders)
+    def task(carry: tuple[Minimum, Any], number: jax.Array) -> tuple[tuple, None]:
+        found, plan = carry
+        plan = lax.cond(number == firsts, lambda: planned(found, dim), lambda: plan)
+        order, leaders = plan
+        is_first = number < firsts
+        i = jnp.where(is_first, num_ready + number, order[number - firsts])
         mine = jax.tree.map(lambda leaf: leaf[i], found)
-        enabled = is_first | (leaders[i] == i)
+        leader = leaders[i]
+        alone = (leader == i) | ~jnp.isfinite(found.value[leader])
+        enabled = is_first | (alone & (leader >= 0))
         new = lane(i, jnp.where(is_first, i, LAST), mine.x, enabled)
-        new = new._replace(steps=mine.steps + new.steps)
-        now = where_tree(enabled, new, mine)
-        return (jax.tree.map(lambda old, leaf: old.at[i].set(leaf), found, now), leaders), None
+        now = where_tree(enabled, new._replace(steps=mine.steps + new.steps), mine)
+        found = jax.tree.map(lambda old, leaf: old.at[i].set(leaf), found, now)
+        leaders = leaders.at[i].set(jnp.where(enabled & ~is_first, i, leader))
+        return (found, (order, leaders)), None
 
-    start = begun, jnp.full(lanes, -1)
-    (found, leaders), _ = lax.scan(task, start, jnp.arange(len(tasks)))
-    source = jnp.where(leaders < 0, jnp.arange(lanes), leaders)
+    start = begun, (numbers, jnp.full_like(numbers, -1))
+    (found, (_, leaders)), _ = lax.scan(task, start, jnp.arange(firsts + lanes, dtype=jnp.int32))
+    source = jnp.where(leaders < 0, numbers, leaders)
     return jax.tree.map(lambda leaf: leaf[source], found)
 
 
-def led(found: Minimum, dim: int) -> jax.Array:
-    """For every lane the best lane at the same optimum; -1 for those not worth a second stage.
+def planned(found: Minimum, dim: int) -> tuple[jax.Array, jax.Array]:
+    """The lanes from the best one on, and for every lane the best one at the same optimum; -1 for
+    those that have not found any.
 
     Few draws can lie in several modes at once: distances count in the smaller of two scales, lest
     such a broad optimum hides true ones.
     """
     locs, scales = found.x[:, :dim], jnp.exp(found.x[:, dim : 2 * dim])
     spans = jnp.minimum(scales[:, None], scales[None])
+    model = found.x[:, 2 * dim :]
     near = jnp.max(jnp.abs(locs[:, None] - locs[None]) / spans, axis=-1, initial=0.0) <= FAR
-    best = jnp.min(found.value, where=jnp.isfinite(found.value), initial=jnp.inf)
-    usable = found.value < jnp.inf
-    usable &= ~(found.value > best + FAR_BELOW + 0.5 * dim)
-    numbers = jnp.arange(len(found.value))
+    near &= jnp.max(jnp.abs(model[:, None] - model[None]), axis=-1, initial=0.0) <= SAME_MODEL
+    numbers = jnp.arange(len(found.value), dtype=jnp.int32)
+    order = jnp.argsort(found.value).astype(jnp.int32)
 
     def follow(leaders: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
         at_mine = near[i] & (leaders == numbers)
-        leader = jnp.where(jnp.any(at_mine), jnp.argmax(at_mine), i)
-        return leaders.at[i].set(jnp.where(usable[i], leader, -1)), None
+        best = jnp.argmin(jnp.where(at_mine, found.value, jnp.inf)).astype(jnp.int32)
+        leader = jnp.where(jnp.any(at_mine), best, i)
+        return leaders.at[i].set(jnp.where(found.value[i] < jnp.inf, leader, -1)), None
 
-    return lax.scan(follow, jnp.full(len(numbers), -1), jnp.argsort(found.value))[0]
+    return order, lax.scan(follow, jnp.full_like(numbers, -1), order)[0]

@@ -1,7 +1,6 @@
 """Which of several lanes ended in other optima than the best one."""
 
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Collection
 
 import jax
 import numpy as np
@@ -16,18 +15,12 @@ BELOW = 10.0
 
 
 def distinct(
-    solution: Solution,
-    span: Callable[[np.ndarray, np.ndarray], np.ndarray] = np.maximum,
-    below: float = BELOW,
-    ended: Collection[SolverStatus] = (SolverStatus.CONVERGED,),
+    solution: Solution, ended: Collection[SolverStatus] = (SolverStatus.CONVERGED,)
 ) -> list[int]:
     """The best lane of each optimum other than the one that a mean-field solution reports.
 
     Args:
         solution: one with lanes.
-        span: of which of two standard deviations a distance is counted in: the larger one, or the
-            smaller, where a broad optimum may stand between true ones (`np.minimum`).
-        below: how many nats worse than the best one an optimum may be.
         ended: how a lane may have ended.
     """
     params = solution.lanes[0]
@@ -38,10 +31,10 @@ def distinct(
     found: list[int] = []
     seen = [(np.asarray(solution.params[name]["loc"]), np.exp(solution.params[name]["scale"]))]
     for i in np.argsort(-elbos, kind="stable").tolist():
-        if not usable[i] or not elbos[i] > float(solution.info.elbo) - below:
+        if not usable[i] or not elbos[i] > float(solution.info.elbo) - BELOW:
             continue
         away = [
-            np.max(np.abs(locs[i] - loc) / span(scales[i], scale), initial=0.0)
+            np.max(np.abs(locs[i] - loc) / np.maximum(scales[i], scale), initial=0.0)
             for loc, scale in seen
         ]
         if min(away) > FAR:
@@ -50,10 +43,12 @@ def distinct(
     return found
 
 
-def apart(solution: Solution, **options: Any) -> list[Solution]:
+def apart(
+    solution: Solution, ended: Collection[SolverStatus] = (SolverStatus.CONVERGED,)
+) -> list[Solution]:
     """The solution, and one for the best lane of every other optimum that is `distinct`."""
     found = [solution]
-    for i in distinct(solution, **options):
+    for i in distinct(solution, ended):
         params, response = jax.tree.map(lambda leaf, i=i: leaf[i], solution.lanes)
         info = solution.info._replace(
             status=solution.info.lane_statuses[i], elbo=solution.info.lane_elbos[i]

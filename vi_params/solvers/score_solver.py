@@ -140,9 +140,9 @@ def gaussian_start(target: Target, init: Any) -> Callable[[jax.Array, Any], Give
     lies in its neck, where hardly any mass is.
     """
     density, dim = log_density(target), flat(target).dim
-    layout = Layout(target, mean_field(target, init=init, init_scale=FIRST_SCALE))
 
     def first_gaussian(key: jax.Array, data: Any) -> Given:
+        layout = Layout(target, mean_field(target, init=init, init_scale=FIRST_SCALE))
         draws = moment_matched().draw(jax.random.fold_in(key, FIRST_LANES), FIRST_DRAWS, dim)
         found = search(
             layout,

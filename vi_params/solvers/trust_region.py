@@ -112,7 +112,8 @@ def minimise(
         f: what to minimise.
         starts: shape (tries, n).
         scale: x -> the diagonal of D, shape (n,).
-        tolerance: stop after a full Newton step that promised to lower f by less than this.
+        tolerance: stop after a full Newton step that promised to lower f by less than this, and
+            did, or changed f by less than this.
         max_steps: how many steps are tried at most.
         stage: of f.
         enabled: whether to look for one at all; it may be traced.
@@ -133,9 +134,10 @@ def minimise(
         # Differences of f below its rounding say nothing: they count as promised.
         rounding = 10 * smallest * jnp.abs(value)
         ratio = (state.value - value + rounding) / (model.decrease + rounding)
-        accepted = all_finite(value, grad, curvature) & ((ratio > 1e-4) | ~began)
+        finite = all_finite(value, grad, curvature)
+        accepted = finite & ((ratio > 1e-4) | ~began)
         # A step that neither promised nor made a difference need not be taken to be the last.
-        ended = accepted | (jnp.abs(value - state.value) < tolerance)
+        ended = accepted | (finite & (jnp.abs(value - state.value) < tolerance))
         length = jnp.linalg.norm(model.step)
         grown = jnp.where(
             (ratio > 0.75) & model.at_boundary,
