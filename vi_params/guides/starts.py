@@ -1,5 +1,6 @@
 """Where a family starts: an unconstrained vector from a key."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,10 +13,39 @@ from vi_params._check import Failure, explain, require_instance, require_names
 from vi_params._tree import fold_in_words, is_traced, name_words, pick, strong
 from vi_params.params import Latent, constrain, init_params
 from vi_params.params.declare import bijector, constraint_name
-from vi_params.target import Target, ravel
+from vi_params.target import Target, flat, ravel
 
 RADIUS = 2.0
 """Half the width of the default start in every unconstrained coordinate, as in Stan and NumPyro."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Uniform:
+    """The default start: uniform in every unconstrained coordinate."""
+
+    target: Target
+
+    def __call__(self, key: jax.Array) -> jax.Array:
+        """The vector, shape (dim,)."""
+        return ravel(_uniform(self.target, key))
+
+
+def start_vectors(
+    start: Callable[[jax.Array], jax.Array], key: jax.Array, number: int
+) -> jax.Array:
+    """Independent starts, shape (number, dim).
+
+    Uniform ones come of one key for all: the keys of every latent compile for long.
+
+    Args:
+        start: as `start_vector` gives it.
+        key: a typed random key.
+        number: how many.
+    """
+    if isinstance(start, Uniform):
+        shape = number, flat(start.target).dim
+        return jax.random.uniform(key, shape, minval=-RADIUS, maxval=RADIUS)
+    return jax.vmap(start)(jax.random.split(key, number))
 
 
 def start_vector(target: Target, init: Any) -> Callable[[jax.Array], jax.Array]:
@@ -33,7 +63,7 @@ def start_vector(target: Target, init: Any) -> Callable[[jax.Array], jax.Array]:
         TypeError: `init` is none of these.
     """
     if init is None:
-        return lambda key: ravel(_uniform(target, key))
+        return Uniform(target)
     if isinstance(init, Mapping):
         require_names(
             list(init), list(target.latents), what="latents in init", where="init", complete=False

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from vi_params.guide import Guide
+from vi_params.guides.starts import start_vectors
 from vi_params.matching import joint_declared
 from vi_params.params import constrain, init_params
 from vi_params.params.declare import Declared
@@ -54,11 +55,18 @@ class Layout:
         return {**self.unravel(x[2 * self.dim :]), self.name: own}
 
     def starts(self, key: jax.Array, radius: jax.Array) -> jax.Array:
-        """Vectors as the guide starts at, locations drawn in to a multiple, shape (TRIES, n)."""
-        drawn = jax.vmap(lambda key: self.vector(init_params(self.declared, key)))
-        # The first is zero where the radius is zero; if that is not finite, the next ones are not.
+        """Vectors as the guide starts at, shape (TRIES, n), locations times the radius; where it is
+        zero those of the first only, and the next ones times the smallest other one."""
+        of_latents, of_model = jax.random.split(key)
+        loc, scale = (self.declared[self.name][what] for what in ("loc", "scale"))
         radii = jnp.where(jnp.arange(TRIES) > 0, jnp.maximum(radius, RADII[1]), radius)
-        return drawn(jax.random.split(key, TRIES)).at[:, : self.dim].multiply(radii[:, None])
+        locs = radii[:, None] * start_vectors(loc.init, of_latents, TRIES)
+        scales = init_params({"scale": scale}, key)["scale"]
+        parts = [locs, jnp.broadcast_to(scales, locs.shape)]
+        if self.num_model:
+            draw = jax.vmap(lambda key: ravel_pytree(init_params(self.free, key))[0])
+            parts.append(draw(jax.random.split(of_model, TRIES)))
+        return jnp.concatenate(parts, axis=1)
 
     def units(self, x: jax.Array) -> jax.Array:
         """The unit of every parameter, of (m, w) alone too."""
