@@ -44,7 +44,7 @@ def test_mean_field_of_a_gaussian_is_exact():
     """The locations are the means, the scales 1 / sqrt(P_jj), and the ELBO is minus the divergence
     between the two Gaussians."""
     with enable_x64(True):
-        solution = vi.solvers.deterministic(gaussian(), KEY)
+        solution = vi.solvers.deterministic(gaussian(), KEY, tolerance=1e-14)
         found = values_of(solution)
         precision = np.linalg.inv(COVARIANCE)
         np.testing.assert_allclose(found["loc"], MEAN, atol=1e-8 * UNITS[1])
