@@ -19,6 +19,7 @@ from vi_params._cache import program
 from vi_params.approximation.candidate import Candidate, best_of
 from vi_params.approximation.polish import is_stale
 from vi_params.approximation.result import _deterministic
+from vi_params.importance import Weighted, psis, second_moment_k_hats
 
 KEY = jax.random.key(0)
 
@@ -342,3 +343,35 @@ def test_rounds_end_when_the_last_ones_were_in_vain():
     assert not is_stale([0.5, 0.4, 0.4, 0.4, 0.56])
     assert not is_stale([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
     assert not is_stale([0.0, 0.2, 0.0, 0.0, 0.0])
+
+
+@pytest.mark.parametrize(("df", "k_hat"), [(2.0, 1.0), (4.0, 0.5), (8.0, 0.25)])
+def test_second_moments_have_the_tail_of_the_squares(df, k_hat):
+    """The square of a Student-t variable has a Pareto tail of shape 2 / df; what is not finite at
+    weight zero does not count."""
+    size = 40_000
+    draws = jax.random.t(jax.random.key(1), df, (size, 2))
+    log_ratios = jnp.zeros(size).at[0].set(-jnp.inf)
+    draws = draws.at[0].set(jnp.inf)
+    weighted = Weighted({"x": draws}, draws, log_ratios, psis(log_ratios))
+    found = second_moment_k_hats(weighted)["x"]
+    assert found.shape == (2,)
+    np.testing.assert_allclose(found, k_hat, atol=0.2)
+
+
+@pytest.mark.parametrize(("spread", "trusted"), [(0.5, True), (3.0, False)])
+def test_a_spread_that_draws_do_not_show_is_not_trusted(spread, trusted):
+    """A log-normal latent: its logarithm is approximated exactly, but at a spread of 3 its standard
+    deviation is that of one draw in millions."""
+
+    def log_density(values, latents, data):
+        return jnp.sum(dist.LogNormal(0.0, data).log_prob(latents["x"]))
+
+    target = vi.target(
+        log_density, {"x": vi.Latent((2,), constraints.positive)}, data=jnp.array([0.1, spread])
+    )
+    posterior = vi.approximate(target, KEY)
+    assert posterior.trustworthy is trusted
+    assert posterior.resampled
+    assert float(posterior.diagnosis.k_hat) < 0.5
+    assert trusted or "the tail of x[1]" in posterior.verdict

@@ -10,7 +10,14 @@ import numpy as np
 from vi_params._check import explain, require_count, require_key
 from vi_params._table import Table
 from vi_params.approximation.ahead import compile_usual
-from vi_params.approximation.candidate import Candidate, best_of, judged, with_wide_tails
+from vi_params.approximation.candidate import (
+    HEAVIEST,
+    Candidate,
+    best_of,
+    heaviest,
+    judged,
+    with_wide_tails,
+)
 from vi_params.approximation.centring import non_centred, suited
 from vi_params.approximation.flow import can_flow, flowed
 from vi_params.approximation.optima import optima
@@ -65,7 +72,8 @@ def approximate(
     a fifth of the draws effective (a half for the mixture, which was fitted to such weights).
     Trusted is what has a k-hat below 0.7 in two independent judgements and 15 % of the draws
     effective; of several, of those whose log evidence shows that they miss no mass the most
-    effective, a k-hat above 0.5 counted against it.
+    effective, a k-hat above 0.5 counted against it. The k-hat of every latent's second moment must
+    be at most 0.9, too: of a heavier tail importance weights do not show the spread.
 
     Hierarchies of NumPyro programs are approximated in partially centred coordinates where
     `vi.recentred` has them; how far each latent is centred, a pilot decides by how much the data
@@ -196,13 +204,14 @@ def _conclude(
         )
         for one in candidates
     )
+    tail = heaviest(best.drawn) if best.is_trustworthy else None
     return Approximation(
         guide=best.solution.guide,
         params=best.solution.params,
         diagnosis=best.diagnosis,
-        trustworthy=best.is_trustworthy,
+        trustworthy=tail is not None and tail[1] <= HEAVIEST,
         resampled=best.is_trustworthy,
-        verdict=_verdict(best, candidates[0].solution.info),
+        verdict=_verdict(best, candidates[0].solution.info, tail),
         table=Table(("approximation", "k-hat", "ESS %", "log evidence"), rows),
         target=target,
         coordinates=coordinates,
@@ -210,11 +219,19 @@ def _conclude(
     )
 
 
-def _verdict(best: Candidate, first: SolverInfo) -> str:
+def _verdict(best: Candidate, first: SolverInfo, tail: tuple[str, float] | None) -> str:
     k_hat, limit = float(best.diagnosis.k_hat), threshold(int(best.diagnosis.num_draws))
     found = f"{best.name}: k-hat {k_hat:.2f}, {100 * best.share:.0f} % of the draws effective"
-    if best.is_trustworthy:
+    if tail is not None and tail[1] <= HEAVIEST:
         return f"Trust this ({found}); draws are importance-resampled."
+    if tail is not None:
+        name, heavy = tail
+        return (
+            f"Do not trust this ({found}): the tail of {name} is so heavy (k-hat {heavy:.2f} of "
+            "its second moment) that its standard deviation cannot be told from draws like these. "
+            "Use quantiles, or MCMC with many draws; .nuts_start(key) gives it starting points and "
+            "a mass matrix. Draws are importance-resampled."
+        )
     if math.isnan(k_hat):
         reason = "the log density is not finite at some draws; vi.check(target, key) looks at it"
     elif k_hat < limit:

@@ -57,7 +57,7 @@ class Approximation:
         guide: the family, of `coordinates`.
         params: its parameters and the model's own, unconstrained.
         diagnosis: the `Diagnosis` of the guide.
-        trustworthy: whether `draws` can be used as draws of the posterior.
+        trustworthy: whether `draws` can be used as draws of the posterior, its moments included.
         resampled: whether `draws` resamples the guide's draws by their importance weights.
         verdict: the judgement in words.
         table: what was tried, one row an approximation.
