@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from vi_params.approximation.candidate import tails, wide_tailed
+from vi_params.approximation.candidate import wide_tailed
 from vi_params.approximation.result import judge
 from vi_params.solvers.deterministic import prepared as prepared_solver
 from vi_params.solvers.linear_response import prepared as prepared_response
@@ -34,5 +34,4 @@ def compile_usual(
             response = expand.ahead(pool, params, draws, data)
         params, _ = respond.ahead(pool, params, info, response)
         weighted = judge(target, wide_tailed(target, name), num_draws, data)
-        drawn, _ = weighted.ahead(pool, params, key, data)
-        tails.ahead(pool, drawn)
+        weighted.ahead(pool, params, key, data)

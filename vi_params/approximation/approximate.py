@@ -10,20 +10,14 @@ import numpy as np
 from vi_params._check import explain, require_count, require_key
 from vi_params._table import Table
 from vi_params.approximation.ahead import compile_usual
-from vi_params.approximation.candidate import (
-    HEAVIEST,
-    Candidate,
-    best_of,
-    heaviest,
-    judged,
-    with_wide_tails,
-)
+from vi_params.approximation.candidate import Candidate, best_of, judged, with_wide_tails
 from vi_params.approximation.centring import non_centred, suited
 from vi_params.approximation.flow import can_flow, flowed
 from vi_params.approximation.optima import optima
 from vi_params.approximation.polish import can_polish
 from vi_params.approximation.polish import polish as polished
 from vi_params.approximation.result import Approximation
+from vi_params.approximation.tails import heaviest
 from vi_params.diagnostics import check
 from vi_params.diagnostics.diagnose import threshold
 from vi_params.solvers.deterministic import deterministic
@@ -45,6 +39,10 @@ are doubled (Giordano, Ingram and Broderick, 2024, section 3.3)."""
 
 DOUBLINGS = 3
 """How often they are doubled at most."""
+
+HEAVIEST = 0.9
+"""The largest k-hat of a latent's second moment at which its spread is trusted: where it is one
+there is nothing finite to be estimated, and k-hats of heavy tails are too low."""
 
 DENSE = 1000
 """The largest dimension in which linear response holds every covariance."""

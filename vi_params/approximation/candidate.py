@@ -7,13 +7,12 @@ import jax
 import numpy as np
 
 from vi_params._cache import program
-from vi_params._compile import Quick
 from vi_params.approximation.result import judge
 from vi_params.diagnostics import Diagnosis
 from vi_params.diagnostics.diagnose import threshold
 from vi_params.guide import Guide
 from vi_params.guides import contaminated_normal
-from vi_params.importance import Weighted, second_moment_k_hats
+from vi_params.importance import Weighted
 from vi_params.solvers.population_monte_carlo import GOOD_K_HAT
 from vi_params.solvers.solution import Solution
 from vi_params.target import Target
@@ -29,16 +28,8 @@ than chance makes between two that are to be trusted."""
 HEAVY = 0.7
 """What a share of effective draws counts for where their weights have a heavy tail."""
 
-HEAVIEST = 0.9
-"""The largest k-hat of a latent's second moment at which its spread is trusted: where it is one
-there is nothing finite to be estimated, and k-hats of heavy tails are too low."""
-
 ENOUGH = 0.2
 """The share of effective draws above which there is nothing left to gain."""
-
-
-tails = Quick(second_moment_k_hats)
-"""`Weighted -> name -> k-hats of second moments`."""
 
 
 class Candidate(NamedTuple):
@@ -97,17 +88,6 @@ def judged(
     draws = [weighted(solution.params, next(keys), data) for _ in range(2)]
     judgements = [jax.device_get(diagnosis) for _, diagnosis in draws]
     return Candidate(name, solution, worse(*judgements), draws[0][0])
-
-
-def heaviest(drawn: Weighted) -> tuple[str, float]:
-    """The number of the latents with the heaviest tail, and the k-hat of its second moment."""
-    found = jax.device_get(tails(drawn))
-    places = [
-        (f"{name}{list(i)}" if i else name, float(k))
-        for name, k_hats in found.items()
-        for i, k in np.ndenumerate(k_hats)
-    ]
-    return max(places, key=lambda place: np.nan_to_num(place[1], nan=np.inf), default=("", 0.0))
 
 
 def is_reliable(diagnosis: Diagnosis) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 
 from vi_params._cache import program
 from vi_params._compile import Quick
-from vi_params.approximation.candidate import Candidate, best_of, tails, worse
+from vi_params.approximation.candidate import Candidate, best_of, worse
 from vi_params.approximation.result import judge, resampled
 from vi_params.solvers.linear_response import gradients
 from vi_params.solvers.mixture_families import slopes_at
@@ -69,7 +69,6 @@ def polish(target: Target, start: Candidate, keys: Iterator[jax.Array], data: An
         shapes = begin.ahead(pool, params, key, start.drawn, slopes)
         drawn, _ = weighted.ahead(pool, shapes, key, data)
         refit.ahead(pool, shapes, drawn)
-        tails.ahead(pool, drawn)
 
     def judged(params: Any) -> Candidate:
         drawn, diagnosis = weighted(params, next(keys), data)

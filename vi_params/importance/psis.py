@@ -4,7 +4,7 @@ Vehtari, Simpson, Gelman, Yao and Gabry (2024), Pareto smoothed importance sampl
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ def psis(log_ratios: jax.Array) -> Smoothed:
             )
         )
     num = log_ratios.shape[0]
-    tail = math.ceil(min(num / 5, 3 * math.sqrt(num)))
+    tail = tail_size(num)
     shift = jnp.max(log_ratios)
     broken = ~jnp.isfinite(shift)
     x = jnp.where(broken, 0.0, log_ratios - shift)
@@ -76,7 +76,7 @@ def psis(log_ratios: jax.Array) -> Smoothed:
     # Where most of the tail underflows, a few weights are all there is: no shape is heavy enough.
     hopeless = spread & (ranked[num - tail + _quartile(tail)] < tiny)
     fitted = spread & ~hopeless
-    k_hat, scale = _fit_pareto(jnp.where(fitted, excess, jnp.arange(1.0, tail + 1)))
+    k_hat, scale = fit_pareto(jnp.where(fitted, excess, jnp.arange(1.0, tail + 1)))
     levels = (jnp.arange(tail) + 0.5) / tail
     smooth = jnp.log(_pareto_quantile(levels, k_hat, scale) + jnp.exp(cutoff))
     smooth = jnp.minimum(smooth, 0.0)
@@ -94,23 +94,33 @@ def psis(log_ratios: jax.Array) -> Smoothed:
     )
 
 
-def _fit_pareto(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def tail_size(num_draws: int) -> int:
+    """How many of the largest ratios are their tail."""
+    return math.ceil(min(num_draws / 5, 3 * math.sqrt(num_draws)))
+
+
+def fit_pareto(x: Any, xp: Any = jnp) -> tuple[Any, Any]:
     """Shape k and scale sigma of a generalised Pareto distribution, from its ascending sample.
 
     Zhang and Stephens (2009), Technometrics 51(3): the posterior mean of b = k / sigma over a grid
     of m points, under a data-dependent prior; then k = mean log(1 - b x), shrunk towards 1/2 by ten
     prior observations.
+
+    Args:
+        x: shape (n,), positive.
+        xp: jax.numpy, or numpy for arrays on the host.
     """
     n = x.shape[0]
     m = 30 + int(math.sqrt(n))
     quartile = x[_quartile(n)]
-    grid = 1 - jnp.sqrt(m / (jnp.arange(1, m + 1) - 0.5))
-    b = grid / (3 * jnp.maximum(quartile, jnp.finfo(x.dtype).tiny)) + 1 / x[-1]
-    k = jnp.mean(jnp.log1p(-b[:, None] * x), axis=1)
-    log_likelihood = n * (jnp.log(-b / k) - k - 1)
-    weights = jax.nn.softmax(jnp.where(jnp.isfinite(log_likelihood), log_likelihood, -jnp.inf))
-    b_hat = jnp.sum(b * weights)
-    k_hat = jnp.mean(jnp.log1p(-b_hat * x))
+    grid = 1 - xp.sqrt(m / (xp.arange(1, m + 1) - 0.5))
+    b = grid / (3 * xp.maximum(quartile, xp.finfo(x.dtype).tiny)) + 1 / x[-1]
+    k = xp.mean(xp.log1p(-b[:, None] * x), axis=1)
+    log_likelihood = n * (xp.log(-b / k) - k - 1)
+    likely = xp.where(xp.isfinite(log_likelihood), log_likelihood, -xp.inf)
+    weights = xp.exp(likely - xp.max(likely))
+    b_hat = xp.sum(b * weights) / xp.sum(weights)
+    k_hat = xp.mean(xp.log1p(-b_hat * x))
     return (n * k_hat + 10 * 0.5) / (n + 10), -k_hat / b_hat
 
 
