@@ -57,11 +57,11 @@ class Layout:
     def starts(self, key: jax.Array, radius: jax.Array) -> jax.Array:
         """Vectors as the guide starts at, shape (TRIES, n), locations times the radius; where it is
         zero those of the first only, and the next ones times the smallest other one."""
-        of_latents, of_model = jax.random.split(key)
+        of_latents, of_model, of_scale = jax.random.split(key, 3)
         loc, scale = (self.declared[self.name][what] for what in ("loc", "scale"))
         radii = jnp.where(jnp.arange(TRIES) > 0, jnp.maximum(radius, RADII[1]), radius)
         locs = radii[:, None] * start_vectors(loc.init, of_latents, TRIES)
-        scales = init_params({"scale": scale}, key)["scale"]
+        scales = init_params({"scale": scale}, of_scale)["scale"]
         parts = [locs, jnp.broadcast_to(scales, locs.shape)]
         if self.num_model:
             draw = jax.vmap(lambda key: ravel_pytree(init_params(self.free, key))[0])
