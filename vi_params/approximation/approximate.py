@@ -202,14 +202,15 @@ def _conclude(
         )
         for one in candidates
     )
-    tail = heaviest(best.drawn) if best.is_trustworthy else None
+    heavy = heaviest(best.drawn) if best.is_trustworthy else ("", 0.0)
+    trustworthy = best.is_trustworthy and heavy[1] <= HEAVIEST
     return Approximation(
         guide=best.solution.guide,
         params=best.solution.params,
         diagnosis=best.diagnosis,
-        trustworthy=tail is not None and tail[1] <= HEAVIEST,
+        trustworthy=trustworthy,
         resampled=best.is_trustworthy,
-        verdict=_verdict(best, candidates[0].solution.info, tail),
+        verdict=_verdict(best, trustworthy, heavy, candidates[0].solution.info),
         table=Table(("approximation", "k-hat", "ESS %", "log evidence"), rows),
         target=target,
         coordinates=coordinates,
@@ -217,15 +218,17 @@ def _conclude(
     )
 
 
-def _verdict(best: Candidate, first: SolverInfo, tail: tuple[str, float] | None) -> str:
+def _verdict(
+    best: Candidate, trustworthy: bool, heavy: tuple[str, float], first: SolverInfo
+) -> str:
     k_hat, limit = float(best.diagnosis.k_hat), threshold(int(best.diagnosis.num_draws))
     found = f"{best.name}: k-hat {k_hat:.2f}, {100 * best.share:.0f} % of the draws effective"
-    if tail is not None and tail[1] <= HEAVIEST:
+    if trustworthy:
         return f"Trust this ({found}); draws are importance-resampled."
-    if tail is not None:
-        name, heavy = tail
+    if best.is_trustworthy:
+        name, tail = heavy
         return (
-            f"Do not trust this ({found}): the tail of {name} is so heavy (k-hat {heavy:.2f} of "
+            f"Do not trust this ({found}): the tail of {name} is so heavy (k-hat {tail:.2f} of "
             "its second moment) that its standard deviation cannot be told from draws like these. "
             "Use quantiles, or MCMC with many draws; .nuts_start(key) gives it starting points and "
             "a mass matrix. Draws are importance-resampled."

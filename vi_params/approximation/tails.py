@@ -9,6 +9,9 @@ import numpy as np
 from vi_params.importance import Weighted
 from vi_params.importance.psis import fit_pareto, tail_size
 
+BLOCK = 2**22
+"""How many numbers are looked at at once: of many latents only the suspects' are kept."""
+
 SUSPECTS = 32
 """For how many numbers the tail is fitted: those whose variance owes most to one draw."""
 
@@ -31,16 +34,19 @@ def heaviest(weighted: Weighted) -> tuple[str, float]:
     weights = np.exp(log_weights.astype(float))
     counts = weights > 0
     weights = weights[counts, None]
-    suspects = []
-    for name, x in latents.items():
-        x = x.reshape(len(x), -1)[counts]
-        terms = weights * (x - np.sum(weights * x, axis=0)) ** 2
-        shares = terms.max(0, initial=0.0) / np.maximum(terms.sum(0), np.finfo(float).tiny)
-        for i in np.argsort(-shares)[:SUSPECTS]:
-            place = np.unravel_index(i, latents[name].shape[1:])
-            label = f"{name}[{', '.join(map(str, place))}]" if place else name
-            suspects.append((shares[i], label, terms[:, i]))
-    suspects = sorted(suspects, key=lambda one: -one[0])[:SUSPECTS]
+    at_once = max(1, BLOCK // len(weights))
+    suspects: list[tuple[float, str, np.ndarray]] = []
+    for name, values in latents.items():
+        columns = values.reshape(len(values), -1)
+        for begin in range(0, columns.shape[1], at_once):
+            x = columns[counts, begin : begin + at_once]
+            terms = weights * (x - np.sum(weights * x, axis=0)) ** 2
+            shares = terms.max(0) / np.maximum(terms.sum(0), np.finfo(float).tiny)
+            for i in np.argsort(-shares)[:SUSPECTS]:
+                place = np.unravel_index(begin + i, values.shape[1:])
+                label = f"{name}[{', '.join(map(str, place))}]" if place else name
+                suspects.append((shares[i], label, terms[:, i].copy()))
+            suspects = sorted(suspects, key=lambda one: -one[0])[:SUSPECTS]
     return max(((label, _k_hat(terms)) for _, label, terms in suspects), key=lambda one: one[1])
 
 
