@@ -274,9 +274,10 @@ def test_a_contaminated_normal_is_a_mixture_of_normals():
     normal = vi.guides.full_rank(plain)
     values = {"loc": jnp.array([1.0, -2.0]), "scale_tril": jnp.array([[0.5, 0.0], [0.3, 2.0]])}
     params = vi.unconstrain(normal.declared, {"guide": values})
-    draws = jax.vmap(lambda key: guide.sample(params, key))(
-        jax.random.split(jax.random.key(0), 40000)
-    )
+    with jax.default_matmul_precision("highest"):  # on a GPU it is not the default
+        draws = jax.vmap(lambda key: guide.sample(params, key))(
+            jax.random.split(jax.random.key(0), 40000)
+        )
     parts = dist.MultivariateNormal(
         jnp.tile(values["loc"], (2, 1)), scale_tril=scales[:, None, None] * values["scale_tril"]
     )

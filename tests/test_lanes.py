@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import vi_params as vi
+from vi_params._over import lanes_in_turn
 from vi_params.approximation.optima import optima
 from vi_params.solvers.fixed_draws import FEW, fixed_draws
 from vi_params.solvers.lanes import in_two_stages, planned
@@ -65,7 +66,8 @@ def test_every_optimum_is_found_the_best_first():
 
 
 def test_lanes_of_one_optimum_share_its_result():
-    """Each lane has parameters, ELBO and response of the lane that went on for it, to the bit."""
+    """Each lane has parameters, ELBO and response of the lane that went on for it, to the bit; side
+    by side, as on an accelerator, all go on."""
     target = vi.target(
         lambda values, latents, data: -jnp.sum(jnp.cosh(latents["z"] - 1.0)),
         {"z": vi.Latent((3,))},
@@ -73,7 +75,8 @@ def test_lanes_of_one_optimum_share_its_result():
     solution = vi.solvers.deterministic(target, KEY, lanes=6)
     found = (*solution.lanes, solution.info.lane_elbos, solution.info.lane_statuses)
     for leaf in map(np.asarray, jax.tree.leaves(found)):
-        np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[0], leaf.shape))
+        shared = np.broadcast_to(leaf[0], leaf.shape)
+        np.testing.assert_allclose(leaf, shared, rtol=0.0 if lanes_in_turn() else 1e-3)
     two = vi.solvers.deterministic(modes([0.0, 1.0]), KEY, lanes=6)
     right = np.asarray(two.lanes[0]["guide"]["loc"])[:, 0] > 0
     assert 0 < right.sum() < 6

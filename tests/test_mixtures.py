@@ -10,6 +10,7 @@ from numpyro.distributions import constraints
 from scipy import stats
 
 import vi_params as vi
+from vi_params._compile import precise
 from vi_params.guides.active_mixture import Across, Parts
 from vi_params.guides.mixture import Components
 from vi_params.importance import pick_draws
@@ -90,10 +91,10 @@ def test_em_on_equal_weights_raises_the_likelihood():
 
     def likelihood(parts):
         params = vi.unconstrain(guide.declared, {"guide": parts._asdict()})
-        return float(jax.vmap(lambda z: guide.log_prob(params, {"z": z}))(u).mean())
+        return float(precise(jax.vmap(lambda z: guide.log_prob(params, {"z": z})))(u).mean())
 
     parts = Components(jnp.array([0.5, 0.5]), jnp.array(LOCS + 0.5), jnp.array(ROOTS * 1.5))
-    em = jax.jit(lambda parts: weighted_em(parts, u, equal, 5))
+    em = jax.jit(precise(lambda parts: weighted_em(parts, u, equal, 5)))
     after, across, reached = parts, nothing, [likelihood(parts)]
     for _ in range(4):
         after, across = em(Parts(after, across))

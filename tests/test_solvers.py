@@ -118,7 +118,7 @@ def test_flat_priors_on_data_in_dollars():
     with enable_x64(True):
         target = vi.from_numpyro(model, height, earnings)
         solution = vi.linear_response(target, vi.solvers.deterministic(target, KEY))
-        found = values_of(solution)
+        found = jax.device_get(values_of(solution))
         spread = np.sqrt(np.sum(np.square(found["scale_tril"]), axis=1))
     assert solution.info.status == Status.CONVERGED
     np.testing.assert_allclose((found["loc"][:2] - beta) / errors, np.zeros(2), atol=0.02)

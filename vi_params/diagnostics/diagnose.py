@@ -10,6 +10,7 @@ import numpy as np
 
 from vi_params._cache import program
 from vi_params._check import require_count, require_key
+from vi_params._compile import precise
 from vi_params.guide import Guide
 from vi_params.importance.weigh import Weighted, weigh
 from vi_params.matching import given_data, matched
@@ -113,6 +114,7 @@ def _diagnose(target: Target, guide: Guide, num_draws: int, batch_size: int | No
     guide = matched(target, guide)
 
     @jax.jit
+    @precise
     def compiled(params: Any, key: jax.Array, data: Any) -> Diagnosis:
         noise = guide.noise(key, num_draws)
         return judged(guide, weigh(target, guide, params, noise, data, batch_size))

@@ -7,6 +7,7 @@ import jax
 
 from vi_params._cache import program
 from vi_params._check import require_count, require_key
+from vi_params._compile import precise
 from vi_params._over import over
 from vi_params._tree import pick
 from vi_params.guide import Guide
@@ -78,6 +79,7 @@ def _resample(
     guide = matched(target, guide)
 
     @jax.jit
+    @precise
     def compiled(params: Any, key: jax.Array, data: Any) -> dict[str, jax.Array]:
         propose, choose = jax.random.split(key)
         noise = guide.noise(propose, num_proposals)

@@ -272,7 +272,8 @@ def _check_start(param: Param, value: Any, name: str) -> None:
 def _abstract_round_trip(transform: Any, shape: tuple, dtype: Any) -> tuple[Any, Any, Any]:
     """The abstract values of T^-1(x) and T(T^-1(x)), or (None, None, the reason why not)."""
     try:
-        free = jax.eval_shape(transform.inv, jax.ShapeDtypeStruct(shape, dtype))
+        canonical = jax.dtypes.canonicalize_dtype(dtype)  # JAX warns of others where x64 is off
+        free = jax.eval_shape(transform.inv, jax.ShapeDtypeStruct(shape, canonical))
         return free, jax.eval_shape(transform, free), None
     except (ValueError, TypeError, IndexError, AssertionError, NotImplementedError) as error:
         return None, None, error
