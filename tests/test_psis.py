@@ -7,6 +7,7 @@ import pytest
 
 import vi_params as vi
 from vi_params.diagnostics import psis
+from vi_params.importance import psis_on_host
 
 SMOOTH = jax.jit(psis)
 
@@ -42,6 +43,35 @@ def test_weights_and_shape_are_those_of_arviz(name, num):
     np.testing.assert_allclose(weights, np.exp(expected), atol=0.005)
     assert weights.sum() == pytest.approx(1.0, abs=1e-4)
     assert float(smoothed.ess) == pytest.approx(1 / np.sum(weights**2), rel=1e-3)
+
+
+def broken(where, value):
+    x = np.linspace(-1.0, 1.0, 100, dtype=np.float32)
+    x[where] = value
+    return x
+
+
+BROKEN = {
+    "not a number": broken(3, np.nan),
+    "infinite": broken(3, np.inf),
+    "weights of zero": broken(slice(40), -np.inf),
+    "no weight": broken(slice(100), -np.inf),
+    "constant": np.zeros(100, np.float32),
+}
+
+
+@pytest.mark.parametrize("name", [*VECTORS, *BROKEN])
+def test_on_the_host_it_is_the_same(name, recwarn):
+    x = BROKEN[name] if name in BROKEN else ratios(0, 1000, VECTORS[name])
+    on_host, before = psis_on_host(x), x.copy()
+    assert not recwarn.list
+    np.testing.assert_array_equal(x, before)
+    smoothed = SMOOTH(x)
+    assert {leaf.dtype for leaf in on_host} == {x.dtype}
+    weights = np.exp(on_host.log_weights), np.exp(smoothed.log_weights)
+    np.testing.assert_allclose(*weights, rtol=1e-3, atol=1e-3)
+    for one, other in zip(on_host[1:], smoothed[1:], strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
 
 
 def test_a_pareto_tail_has_its_shape():

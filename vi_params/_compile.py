@@ -1,8 +1,10 @@
 """How programs are compiled: those that run for milliseconds, and those whose digits count."""
 
+import contextlib
 import functools
-from collections.abc import Callable
-from concurrent.futures import Executor
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import jax
@@ -46,14 +48,19 @@ class Quick:
         """
         self.plain = jax.jit(precise(f))
         self.light = jax.jit(f, compiler_options=options) if options else self.plain
+        self.begun: list[Future] = []
 
     def __call__(self, *args: Any) -> Any:
         # Within another program even a constant is traced; options belong to outermost programs.
-        outermost = not is_traced(*args, jnp.zeros(()))
-        return (self._own() if outermost else self.plain)(*args)
+        if is_traced(*args, jnp.zeros(())):
+            return self.plain(*args)
+        wait(self.begun)  # else it would be compiled twice
+        self.begun = []
+        return self._own()(*args)
 
     def ahead(self, pool: Executor, *args: Any) -> Any:
         """Has the program compiled by a thread of `pool`, unless it is; gives its outputs' shapes.
+        A call waits for it.
 
         It is traced here: models may hold state while they are traced, as NumPyro's handlers do.
 
@@ -62,8 +69,19 @@ class Quick:
             *args: of a later call, or their shapes and dtypes.
         """
         lowered = self._own().lower(*args)
-        pool.submit(lowered.compile)
+        self.begun.append(pool.submit(lowered.compile))
         return lowered.out_info
 
     def _own(self) -> Any:
         return self.light if jax.default_backend() == "cpu" else self.plain
+
+
+@contextlib.contextmanager
+def compiler() -> Iterator[Executor]:
+    """Threads for `Quick.ahead`, first come first served; at the end what has not begun is dropped,
+    and what has begun is not waited for."""
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -2,12 +2,14 @@
 
 import itertools
 import math
+from concurrent.futures import Executor
 from typing import Any
 
 import jax
 import numpy as np
 
 from vi_params._check import explain, require_count, require_key
+from vi_params._compile import compiler
 from vi_params._table import Table
 from vi_params.approximation.ahead import compile_usual
 from vi_params.approximation.candidate import Candidate, best_of, judged, with_wide_tails
@@ -119,11 +121,37 @@ def approximate(
     require_key(key, "approximate")
     require_count(lanes, "lanes", "approximate")
     target = _usable(whole(target))
-    keys = (jax.random.fold_in(key, i) for i in itertools.count())
     given, target = target, recentring(target) or target
+    with compiler() as pool:
+        candidates = _tried(pool, given, target, key, data, lanes, polish, flow)
+    return _conclude(given, target, candidates, data)
+
+
+def _tried(
+    pool: Executor,
+    given: Target,
+    target: Target,
+    key: jax.Array,
+    data: Any,
+    lanes: int,
+    polish: bool,
+    flow: bool,
+) -> list[Candidate]:
+    """What was tried until one was good enough, linear response first."""
+    keys = (jax.random.fold_in(key, i) for i in itertools.count())
     centring = non_centred(target)
     if flat(target).dim <= DENSE:
-        compile_usual(target, key, data, centring, lanes, BATCH)
+        compile_usual(
+            pool,
+            given,
+            target,
+            key,
+            data,
+            centring,
+            lanes,
+            BATCH,
+            polished=polish and bool(centring),
+        )
     if centring:
         centring = suited(target, next(keys), data, lanes)
 
@@ -138,12 +166,11 @@ def approximate(
         candidates.append(judged(name, target, merged, keys, data, BATCH))
     best = best_of(candidates)
     if polish and not best.is_good and can_polish(target, best):
-        candidates.append(polished(target, best, keys, data))
+        candidates.append(polished(pool, target, best, keys, data))
         best = best_of(candidates)
     if flow and not best.is_trustworthy and can_flow(candidates[0]):
         candidates.append(flowed(target, candidates[0], keys, data))
-        best = best_of(candidates)
-    return _conclude(given, target, candidates, best, data)
+    return candidates
 
 
 def _usable(target: Target) -> Target:
@@ -190,9 +217,10 @@ def _respond(target: Target, key: jax.Array, data: Any, fixed: Any, lanes: int) 
 
 
 def _conclude(
-    target: Target, coordinates: Target, candidates: list[Candidate], best: Candidate, data: Any
+    target: Target, coordinates: Target, candidates: list[Candidate], data: Any
 ) -> Approximation:
     """The best candidate, with its verdict beside what else was tried."""
+    best = best_of(candidates)
     rows = tuple(
         (
             "* " + one.name if one is best else one.name,

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from vi_params._cache import program
-from vi_params.approximation.result import judge
+from vi_params.approximation.judge import judge
 from vi_params.diagnostics import Diagnosis
 from vi_params.diagnostics.diagnose import threshold
 from vi_params.guide import Guide
@@ -86,8 +86,7 @@ def judged(
     """The candidate of a solution, by two batches of draws."""
     weighted = judge(target, solution.guide, num_draws, data)
     draws = [weighted(solution.params, next(keys), data) for _ in range(2)]
-    judgements = [jax.device_get(diagnosis) for _, diagnosis in draws]
-    return Candidate(name, solution, worse(*judgements), draws[0][0])
+    return Candidate(name, solution, worse(*(diagnosis for _, diagnosis in draws)), draws[0][0])
 
 
 def is_reliable(diagnosis: Diagnosis) -> bool:

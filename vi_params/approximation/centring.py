@@ -46,9 +46,11 @@ def suited(target: Target, key: jax.Array, data: Any, lanes: int) -> dict[str, A
         lanes: from how many starts.
     """
     pilot = optima(target, key, data, non_centred(target), lanes)[0]
-    failed = int(pilot.info.status) == SolverStatus.INVALID_START
     own = pilot.params[own_name(pilot.guide, "approximate")]
-    return program(_suited, target)(own["scale"] + np.where(failed, np.nan, 0.0))
+    log_scales = np.array(own["scale"])
+    if int(pilot.info.status) == SolverStatus.INVALID_START:
+        log_scales[:] = np.nan
+    return program(_suited, target)(log_scales)
 
 
 def _suited(target: Target) -> Quick:

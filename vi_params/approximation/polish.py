@@ -1,8 +1,8 @@
 """What follows where one Gaussian is not good enough: a mixture, by population Monte Carlo."""
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import Executor
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -10,11 +10,14 @@ import numpy as np
 from vi_params._cache import program
 from vi_params._compile import Quick
 from vi_params.approximation.candidate import Candidate, best_of, worse
-from vi_params.approximation.result import judge, resampled
-from vi_params.solvers.linear_response import gradients
+from vi_params.approximation.judge import Judge, judge
+from vi_params.approximation.result import resampled
+from vi_params.guide import Guide
+from vi_params.importance import Weighted
+from vi_params.solvers.linear_response import compile_gradients, gradients
 from vi_params.solvers.mixture_families import slopes_at
 from vi_params.solvers.population_monte_carlo import GOOD_SHARE, Population, population
-from vi_params.solvers.solution import Slopes
+from vi_params.solvers.solution import Slopes, own_name
 from vi_params.target import Target, flat
 
 COMPONENTS = 16
@@ -50,6 +53,16 @@ POLISHED = "population Monte Carlo"
 """What the polished mixture is called."""
 
 
+class _Pieces(NamedTuple):
+    """The mixture, along how many directions its components are free, and its programs."""
+
+    guide: Guide
+    num_active: int | None
+    begin: Quick
+    judge: Judge
+    refit: Quick
+
+
 def can_polish(target: Target, start: Candidate) -> bool:
     """Whether a mixture is worth trying."""
     (name,) = start.solution.guide.declared
@@ -57,27 +70,24 @@ def can_polish(target: Target, start: Candidate) -> bool:
     return flat(target).dim <= (FREE if is_mixture else LARGEST)
 
 
-def polish(target: Target, start: Candidate, keys: Iterator[jax.Array], data: Any) -> Candidate:
-    """The best mixture of some rounds of population Monte Carlo, judged by fresh draws."""
-    num_active = None if flat(target).dim <= FREE else ACTIVE
-    rounds = population(target, start.solution.guide, COMPONENTS, DF, DRAWS, num_active)
-    begin, refit = program(_compiled, rounds)
-    weighted = judge(target, rounds.guide, DRAWS, data)
-    params, key = start.solution.params, next(keys)
-    slopes = None if num_active is None else _slopes(target, start, next(keys), data)
-    with ThreadPoolExecutor() as pool:  # as `compile_usual` does it
-        shapes = begin.ahead(pool, params, key, start.drawn, slopes)
-        drawn, _ = weighted.ahead(pool, shapes, key, data)
-        refit.ahead(pool, shapes, drawn)
+def polish(
+    pool: Executor, target: Target, start: Candidate, keys: Iterator[jax.Array], data: Any
+) -> Candidate:
+    """The best mixture of some rounds of population Monte Carlo, judged by fresh draws; `pool` has
+    the threads that compile."""
+    pieces = _pieces(target, start.solution.guide, data)
+    key = next(keys)
+    slopes = None if pieces.num_active is None else _slopes(target, start, next(keys), data)
+    first = start.solution.params, key, start.drawn, slopes
+    _compile(pool, pieces, first, data)
 
     def judged(params: Any) -> Candidate:
-        drawn, diagnosis = weighted(params, next(keys), data)
-        solution = start.solution._replace(guide=rounds.guide, params=params)
-        diagnosis = jax.device_get(diagnosis)
+        drawn, diagnosis = pieces.judge(params, next(keys), data)
+        solution = start.solution._replace(guide=pieces.guide, params=params)
         return Candidate(POLISHED, solution, diagnosis, drawn, GOOD_SHARE)
 
     tried: list[Candidate] = []
-    params, made = begin(params, key, start.drawn, slopes), 0
+    params, made = pieces.begin(*first), 0
     while True:
         tried.append(judged(params))
         made += 1
@@ -89,7 +99,56 @@ def polish(target: Target, start: Candidate, keys: Iterator[jax.Array], data: An
                 return found
             # The best of many rounds was lucky; these draws show what it left out.
             tried = [again]
-        params = refit(tried[-1].solution.params, tried[-1].drawn)
+        params = pieces.refit(tried[-1].solution.params, tried[-1].drawn)
+
+
+def compile_polish(
+    pool: Executor,
+    target: Target,
+    start: Guide,
+    params: Any,
+    key: jax.Array,
+    drawn: Weighted,
+    fixed_draws: jax.Array,
+    data: Any,
+) -> None:
+    """Has compiled what `polish` needs from a Gaussian on, where it does not take gradients of its
+    own.
+
+    Args:
+        pool: whose threads compile.
+        target: what is approximated.
+        start: the guide it starts from.
+        params: its parameters; these and the others, or their shapes and dtypes.
+        key: a typed random key.
+        drawn: weighted draws of it.
+        fixed_draws: those of the solution it comes from, shape (num_draws, dim).
+        data: the data.
+    """
+    if flat(target).dim > REUSED:
+        return
+    pieces = _pieces(target, start, data)
+    slopes = None
+    if pieces.num_active is not None:
+        name = own_name(start, "approximate")
+        slope = compile_gradients(pool, target, name, params, fixed_draws, data)
+        slopes = Slopes(fixed_draws, slope, jax.eval_shape(lambda u: u[:, 0], fixed_draws))
+    _compile(pool, pieces, (params, key, drawn, slopes), data)
+
+
+def _pieces(target: Target, start: Guide, data: Any) -> _Pieces:
+    num_active = None if flat(target).dim <= FREE else ACTIVE
+    rounds = population(target, start, COMPONENTS, DF, DRAWS, num_active)
+    begin, refit = program(_compiled, rounds)
+    return _Pieces(rounds.guide, num_active, begin, judge(target, rounds.guide, DRAWS, data), refit)
+
+
+def _compile(pool: Executor, pieces: _Pieces, start: tuple, data: Any) -> None:
+    """Has the programs compiled in the order of their calls; `start` holds the arguments of
+    begin."""
+    params = pieces.begin.ahead(pool, *start)
+    drawn = pieces.judge.ahead(pool, params, start[1], data)
+    pieces.refit.ahead(pool, params, drawn)
 
 
 def is_stale(shares: list[float]) -> bool:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from concurrent.futures import Executor
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +15,9 @@ from vi_params._compile import Quick
 from vi_params._over import over
 from vi_params._table import Table
 from vi_params._tree import pick
-from vi_params.diagnostics.diagnose import Diagnosis, judged
+from vi_params.approximation.judge import judge
+from vi_params.diagnostics import Diagnosis
 from vi_params.guide import Guide
-from vi_params.importance import Weighted, at_once, weigh
 from vi_params.params import constrain
 from vi_params.target import Target, flat, split_vector
 
@@ -97,13 +97,13 @@ class Approximation:
         require_key(key, "Approximation.draws")
         require_count(num_draws, "num_draws", "Approximation.draws")
         latents, _ = self._choose(key, num_draws)
-        compute = program(_deterministic, self.target)
+        compute, own = program(_deterministic, self.target), pick(self.params, self.target.declared)
         parts = []
         for begin in range(0, num_draws, BLOCK):
             # Blocks of one size: every number of draws would compile a program of its own.
             rows = np.minimum(np.arange(begin, begin + BLOCK), num_draws - 1)
             block = {name: values[rows] for name, values in latents.items()}
-            parts.append(jax.device_get(compute(self.params, block, self.data)))
+            parts.append(jax.device_get(compute(own, block, self.data)))
             if not parts[0]:
                 break
         return jax.device_put({**latents, **_joined(parts, num_draws)})
@@ -133,7 +133,8 @@ class Approximation:
         require_count(num_chains, "num_chains", "Approximation.nuts_start")
         latents, position = self._choose(key, max(STARTS, num_chains))
         if self.coordinates is not self.target:
-            position = program(_positions, self.target)(self.params, latents, self.data)
+            own = pick(self.params, self.target.declared)
+            position = program(_positions, self.target)(own, latents, self.data)
         centred = position - position.mean(0)
         covariance = centred.T @ centred / len(position)
         # Few distinct draws can lie in a plane: a little of the diagonal keeps the matrix regular.
@@ -174,23 +175,6 @@ class Approximation:
     __repr__ = __str__
 
 
-def judge(target: Target, guide: Guide, num_draws: int, data: Any) -> Quick:
-    """`(params, key, data) -> (Weighted, Diagnosis)` of a batch of draws, compiled once."""
-    is_short = at_once(num_draws, target, data) == num_draws
-    return program(_judge, target, guide, num_draws, is_short)
-
-
-def _judge(target: Target, guide: Guide, num_draws: int, is_short: bool) -> Quick:
-    def weighted(params: Any, key: jax.Array, data: Any) -> tuple[Weighted, Diagnosis]:
-        noise = guide.noise(key, num_draws)
-        size = at_once(num_draws, target, data)
-        found = weigh(target, guide, params, noise, data, size, nan_is_outside=True)
-        return found, judged(guide, found)
-
-    # A program of many numbers runs long enough for XLA's optimisations to pay.
-    return Quick(weighted) if is_short else Quick(weighted, options={})
-
-
 def resampled(key: jax.Array, log_weights: jax.Array) -> np.ndarray:
     """Systematic resampling as by `pick_draws`, in random order so that each part is a sample, too:
     in numpy, since a sort takes longer to compile than all of this to run."""
@@ -208,16 +192,22 @@ def _joined(parts: list[Any], num_rows: int) -> Any:
 def _positions(target: Target) -> Quick:
     @Quick
     def compiled(params: Any, latents: Any, data: Any) -> jax.Array:
-        values = constrain(target.declared, pick(params, target.declared))
+        values = constrain(target.declared, params)
         return over(lambda one: flat(target).unconstrain(one, values, data), latents)
 
     return compiled
 
 
-def _deterministic(target: Target) -> Callable[..., dict[str, jax.Array]]:
+def compile_draws(pool: Executor, target: Target, params: Any, latents: Any, data: Any) -> None:
+    """Has compiled what `Approximation.draws` computes from latents of these shapes."""
+    block = {n: jax.ShapeDtypeStruct((BLOCK, *x.shape[1:]), x.dtype) for n, x in latents.items()}
+    program(_deterministic, target).ahead(pool, pick(params, target.declared), block, data)
+
+
+def _deterministic(target: Target) -> Quick:
     @Quick
     def compiled(params: Any, latents: Any, data: Any) -> dict[str, jax.Array]:
-        values = constrain(target.declared, pick(params, target.declared))
+        values = constrain(target.declared, params)
         return over(lambda one: target.deterministic(values, one, data), latents)
 
     return compiled

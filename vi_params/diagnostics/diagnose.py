@@ -122,20 +122,20 @@ def _diagnose(target: Target, guide: Guide, num_draws: int, batch_size: int | No
     return compiled
 
 
-def judged(guide: Guide, draws: Weighted) -> Diagnosis:
-    """The diagnosis that weighted draws give."""
+def judged(guide: Guide, draws: Weighted, xp: Any = jnp) -> Diagnosis:
+    """The diagnosis that weighted draws give, with jax.numpy or, on the host, numpy."""
     num_draws = len(draws.log_ratios)
     smoothed = draws.smoothed
-    unknown = jnp.nan if guide.is_point else 0.0
+    unknown = xp.nan if guide.is_point else 0.0
     k_hat = smoothed.k_hat + unknown
     return Diagnosis(
-        elbo=jnp.mean(draws.log_ratios),
-        elbo_se=jnp.std(draws.log_ratios) / math.sqrt(num_draws),
+        elbo=xp.mean(draws.log_ratios),
+        elbo_se=xp.std(draws.log_ratios) / math.sqrt(num_draws),
         k_hat=k_hat,
         ess=smoothed.ess + unknown,
         log_evidence=smoothed.log_evidence + unknown,
         trustworthy=k_hat < threshold(num_draws),
-        num_draws=jnp.int32(num_draws),
+        num_draws=xp.int32(num_draws),
     )
 
 

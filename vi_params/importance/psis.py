@@ -1,4 +1,4 @@
-"""Pareto-smoothed importance sampling, in JAX, so that it can be jitted and vmapped.
+"""Pareto-smoothed importance sampling, in JAX, so that it can be jitted and vmapped, and in numpy.
 
 Vehtari, Simpson, Gelman, Yao and Gabry (2024), Pareto smoothed importance sampling, JMLR 25(72).
 """
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vi_params._check import explain
 
@@ -60,36 +61,49 @@ def psis(log_ratios: jax.Array) -> Smoothed:
                 where="vi.diagnostics.psis",
             )
         )
+    return _smoothed(log_ratios, jnp)
+
+
+def psis_on_host(log_ratios: np.ndarray) -> Smoothed:
+    """`psis` in numpy and float64, in the dtype it was given: nothing is compiled."""
+    dtype = log_ratios.dtype
+    with np.errstate(all="ignore"):  # what the tests for broken weights are about
+        found = _smoothed(np.asarray(log_ratios, float), np)
+    return jax.tree.map(lambda leaf: np.asarray(leaf, dtype), found)
+
+
+def _smoothed(log_ratios: Any, xp: Any) -> Smoothed:
+    """`psis` of a vector, with jax.numpy or numpy."""
     num = log_ratios.shape[0]
     tail = tail_size(num)
-    shift = jnp.max(log_ratios)
-    broken = ~jnp.isfinite(shift)
-    x = jnp.where(broken, 0.0, log_ratios - shift)
+    shift = xp.max(log_ratios)
+    broken = ~xp.isfinite(shift)
+    x = xp.where(broken, 0.0, log_ratios - shift)
 
-    order = jnp.argsort(x)
+    order = xp.argsort(x)
     ranked = x[order]
-    tiny = math.log(float(jnp.finfo(x.dtype).tiny))
-    cutoff = jnp.maximum(ranked[num - tail - 1], tiny)
-    excess = jnp.maximum(jnp.exp(ranked[num - tail :]) - jnp.exp(cutoff), 0.0)
+    tiny = math.log(float(xp.finfo(x.dtype).tiny))
+    cutoff = xp.maximum(ranked[num - tail - 1], tiny)
+    excess = xp.maximum(xp.exp(ranked[num - tail :]) - xp.exp(cutoff), 0.0)
     # Weights this level have no tail to fit; what is left of it may be rounding of log p and log q.
-    spread = excess[-1] > 0.01 * jnp.exp(cutoff)
+    spread = excess[-1] > 0.01 * xp.exp(cutoff)
     # Where most of the tail underflows, a few weights are all there is: no shape is heavy enough.
     hopeless = spread & (ranked[num - tail + _quartile(tail)] < tiny)
     fitted = spread & ~hopeless
-    k_hat, scale = fit_pareto(jnp.where(fitted, excess, jnp.arange(1.0, tail + 1)))
-    levels = (jnp.arange(tail) + 0.5) / tail
-    smooth = jnp.log(_pareto_quantile(levels, k_hat, scale) + jnp.exp(cutoff))
-    smooth = jnp.minimum(smooth, 0.0)
-    smooth = jnp.where(fitted & jnp.isfinite(smooth), smooth, ranked[num - tail :])
-    x = x.at[order[num - tail :]].set(smooth)
+    k_hat, scale = fit_pareto(xp.where(fitted, excess, xp.arange(1.0, tail + 1)), xp)
+    levels = (xp.arange(tail) + 0.5) / tail
+    smooth = xp.log(_pareto_quantile(levels, k_hat, scale, xp) + xp.exp(cutoff))
+    smooth = xp.minimum(smooth, 0.0)
+    smooth = xp.where(fitted & xp.isfinite(smooth), smooth, ranked[num - tail :])
+    x = _put(x, order[num - tail :], smooth)
 
-    total = jax.scipy.special.logsumexp(x)
+    total = xp.log(xp.sum(xp.exp(x)))  # the largest are about zero
     log_weights = x - total
-    nan = jnp.where(broken, jnp.nan, 0.0)
+    nan = xp.where(broken, xp.nan, 0.0)
     return Smoothed(
         log_weights=log_weights + nan,
-        k_hat=jnp.where(fitted, k_hat, jnp.where(hopeless, jnp.inf, 0.0)) + nan,
-        ess=jnp.exp(-jax.scipy.special.logsumexp(2 * log_weights)) + nan,
+        k_hat=xp.where(fitted, k_hat, xp.where(hopeless, xp.inf, 0.0)) + nan,
+        ess=1 / xp.sum(xp.exp(2 * log_weights)) + nan,
         log_evidence=total + shift - math.log(num) + nan,
     )
 
@@ -129,10 +143,17 @@ def _quartile(n: int) -> int:
     return int(n / 4 + 0.5) - 1
 
 
-def _pareto_quantile(p: jax.Array, k: jax.Array, scale: jax.Array) -> jax.Array:
+def _pareto_quantile(p: Any, k: Any, scale: Any, xp: Any) -> Any:
     """The quantile function sigma ((1 - p)^-k - 1) / k, and its limit at k = 0."""
-    near_zero = jnp.abs(k) < 1e-6
-    safe = jnp.where(near_zero, 1.0, k)
-    return jnp.where(
-        near_zero, -scale * jnp.log1p(-p), scale * jnp.expm1(-safe * jnp.log1p(-p)) / safe
-    )
+    near_zero = xp.abs(k) < 1e-6
+    safe = xp.where(near_zero, 1.0, k)
+    return xp.where(near_zero, -scale * xp.log1p(-p), scale * xp.expm1(-safe * xp.log1p(-p)) / safe)
+
+
+def _put(x: Any, index: Any, values: Any) -> Any:
+    """x with other values at some places."""
+    if not isinstance(x, np.ndarray):
+        return x.at[index].set(values)
+    x = x.copy()
+    x[index] = values
+    return x

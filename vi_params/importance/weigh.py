@@ -29,7 +29,7 @@ class Weighted(NamedTuple):
 
     latents: Any
     position: Any
-    log_ratios: jax.Array
+    log_ratios: Any
     smoothed: Smoothed
 
 
@@ -55,6 +55,21 @@ def weigh(
         nan_is_outside: whether a draw whose ratio is not a number counts as outside the support,
             with weight zero, instead of making all weights NaN.
     """
+    latents, position, log_ratios = compared(target, guide, params, noise, data, batch_size)
+    if nan_is_outside:
+        log_ratios = jnp.where(jnp.isnan(log_ratios), -jnp.inf, log_ratios)
+    return Weighted(latents, position, log_ratios, psis(log_ratios))
+
+
+def compared(
+    target: Target,
+    guide: Guide,
+    params: Any,
+    noise: Any,
+    data: Any,
+    batch_size: int | None = None,
+) -> tuple[Any, Any, jax.Array]:
+    """The latents and positions of draws, and their log ratios; as `weigh` takes its arguments."""
     values = constrain(target.declared, pick(params, target.declared))
 
     def one(noise: Any) -> Any:
@@ -62,10 +77,7 @@ def weigh(
         log_ratio = target.log_density(values, draw.latents, data) - draw.log_prob
         return draw.latents, draw.position, log_ratio
 
-    latents, position, log_ratios = over(one, noise, batch_size)
-    if nan_is_outside:
-        log_ratios = jnp.where(jnp.isnan(log_ratios), -jnp.inf, log_ratios)
-    return Weighted(latents, position, log_ratios, psis(log_ratios))
+    return over(one, noise, batch_size)
 
 
 def at_once(num_draws: int, target: Target, data: Any) -> int:

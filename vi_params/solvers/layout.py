@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from vi_params.guide import Guide
@@ -36,7 +37,7 @@ class Layout:
         self.flat = flat(target)
         self.dim = self.flat.dim
         model = abstract_params(self.free)
-        blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), model)
+        blank = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), model)
         self.num_model = sum(leaf.size for leaf in jax.tree.leaves(model))
         self.length = 2 * self.dim + self.num_model
         self.unravel = ravel_pytree(blank)[1] if self.num_model else lambda theta: {}

@@ -8,6 +8,7 @@ and the rate at which a posterior mean moves under such a tilt is the posterior 
 Giordano, Broderick and Jordan (2018), Covariances, robustness, and variational Bayes, JMLR 19(51).
 """
 
+from concurrent.futures import Executor
 from typing import Any
 
 import jax
@@ -113,6 +114,15 @@ def gradients(target: Target, solution: Solution, position: np.ndarray, data: An
     unscaled = {"loc": loc, "scale": np.zeros_like(loc)}  # the draws u - loc of N(loc, 1) are at u
     expand = prepared(whole(target), name)[1]
     return expand({**solution.params, name: unscaled}, position - loc, data).slopes
+
+
+def compile_gradients(
+    pool: Executor, target: Target, name: str, params: Any, position: Any, data: Any
+) -> Any:
+    """Has the program of `gradients` compiled by a thread of `pool`; gives the gradients' shape."""
+    loc = params[name]["loc"]
+    params = {**params, name: {"loc": loc, "scale": loc}}
+    return prepared(whole(target), name)[1].ahead(pool, params, position, data).slopes
 
 
 def prepared(target: Target, name: str) -> tuple[Guide, Quick, Quick]:
