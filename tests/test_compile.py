@@ -1,11 +1,16 @@
-"""Compiled programs: matrix products of full precision where digits count."""
+"""Compiled programs: products of full precision where digits count, and compiling in threads."""
+
+import os
+import threading
+from concurrent.futures import Future
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import vi_params as vi
-from vi_params._compile import Quick, precise
+from vi_params._compile import Quick, compiler, precise
 from vi_params.diagnostics.diagnose import _diagnose
 
 X = jnp.ones((3, 3))
@@ -38,3 +43,35 @@ def test_a_diagnosis_multiplies_exactly(family):
     params = vi.init_params(guide.declared, jax.random.key(0))
     program = _diagnose(target, guide, 100, None)
     assert precisions(program, params, jax.random.key(1), X) == {"HIGHEST, HIGHEST"}
+
+
+def test_a_call_waits_for_what_is_being_compiled(compilations):
+    program, exact = Quick(lambda x: jnp.tanh(x @ x)), jnp.tanh(X @ X)
+    with compilations() as seen, compiler() as pool:
+        assert program.ahead(pool, X).shape == (3, 3)
+        found = program(X)
+    assert len(seen) == 1
+    np.testing.assert_allclose(found, exact, rtol=1e-6)
+
+
+def test_what_was_not_begun_is_dropped_and_compiled_when_it_is_called():
+    program = Quick(lambda x: jnp.sinh(x))
+    gate = threading.Event()
+    with compiler() as pool:
+        for _ in range(os.cpu_count()):
+            pool.submit(gate.wait)
+        program.ahead(pool, X)
+    np.testing.assert_array_equal(program(X), jnp.sinh(X))
+    gate.set()
+
+
+def test_what_failed_in_a_thread_is_compiled_again():
+    class Broken:
+        def submit(self, compile):
+            future = Future()
+            future.set_exception(RuntimeError("no compiler"))
+            return future
+
+    program = Quick(lambda x: jnp.cosh(x))
+    program.ahead(Broken(), X)
+    np.testing.assert_array_equal(program(X), jnp.cosh(X))

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -54,7 +54,9 @@ class Quick:
         # Within another program even a constant is traced; options belong to outermost programs.
         if is_traced(*args, jnp.zeros(())):
             return self.plain(*args)
-        wait(self.begun)  # else it would be compiled twice
+        for compiling in self.begun:  # else it would be compiled twice
+            if not compiling.cancelled():
+                compiling.exception()
         self.begun = []
         return self._own()(*args)
 
