@@ -3,12 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import vi_params as vi
 from vi_params._over import lanes_in_turn
 from vi_params.approximation.optima import optima
 from vi_params.solvers.fixed_draws import FEW, fixed_draws
 from vi_params.solvers.lanes import in_two_stages, planned
+from vi_params.solvers.solution import SolverStatus
 from vi_params.solvers.trust_region import LAST, Minimum
 
 KEY = jax.random.key(0)
@@ -111,18 +113,23 @@ def test_the_best_of_two_optima_that_are_near_a_lane_leads_it():
     assert planned(minima(x, jnp.array([1.0, 0.0, 2.0])), 1)[1].tolist() == [0, 1, 1]
 
 
-def test_lanes_go_on_themselves_where_the_best_one_came_to_nothing():
+@pytest.mark.parametrize(
+    ("ended", "at"), [(SolverStatus.INVALID_START, jnp.inf), (SolverStatus.MAX_STEPS, 1e18)]
+)
+def test_lanes_go_on_themselves_where_the_best_one_came_to_no_end(ended, at):
     """In the first stage lane 1 of three at one optimum is the best one; at all draws it fails."""
     first = jnp.array([2.0, 1.0, 3.0])
 
     def lane(number, stage, x, enabled):
-        is_last = stage == LAST
-        value = jnp.where(is_last, jnp.where(number == 1, jnp.inf, 10.0 + number), first[number])
-        here = Minimum(jnp.zeros(2) + 0.1 * number, value, (), jnp.int32(4), jnp.int32(0))
+        fails = (stage == LAST) & (number == 1)
+        value = jnp.where(stage == LAST, 10.0 + number, first[number])
+        value = jnp.where(fails, at, value)
+        status = jnp.where(fails, jnp.int32(ended), SolverStatus.CONVERGED)
+        here = Minimum(jnp.zeros(2) + 0.1 * number, value, (), jnp.int32(4), status)
         return jax.tree.map(lambda leaf: jnp.where(enabled, leaf, 99), here)
 
     found = in_two_stages(lane, minima(jnp.full((3, 2), jnp.nan), jnp.full(3, jnp.inf)), 1)
-    assert found.value.tolist() == [10.0, jnp.inf, 12.0]
+    np.testing.assert_allclose(found.value, [10.0, at, 12.0])
     assert found.steps.tolist() == [8, 8, 8]
 
 

@@ -374,3 +374,37 @@ def test_a_start_of_another_family_is_refused():
 def test_parameters_of_other_shapes_are_refused(options, fragment):
     with pytest.raises(ValueError, match=rf"wrong shapes(.|\n)*{fragment}"):
         vi.solvers.deterministic(hierarchy(), KEY, **options)
+
+
+def test_draws_are_doubled_while_they_are_too_few():
+    """The mean-field optimum of log p = a'z - sum exp(b z): scales (a b)^-1/2 and locations
+    (log(a / b) - b / 2 a) / b, exactly."""
+    a, b = jnp.array([1.0, 2.0, 0.5, 3.0]), jnp.array([1.5, 1.0, 2.0, 3.0])
+    target = vi.target(
+        lambda values, latents, data: a @ latents["z"] - jnp.sum(jnp.exp(b * latents["z"])),
+        {"z": vi.Latent((4,))},
+    )
+    exact = (jnp.log(a / b) - b / (2 * a)) / b
+    rough = vi.solvers.deterministic(target, KEY, num_draws=4)
+    known = vi.linear_response(target, rough)
+    same = vi.solvers.refine(target, KEY, init=rough, tolerable=1e3)
+    jax.tree.map(
+        np.testing.assert_array_equal, (same.params, same.info), (known.params, known.info)
+    )
+
+    fine = vi.solvers.refine(target, KEY, init=rough, tolerable=0.01, doublings=6)
+    assert len(fine.noise) == 256
+    few = vi.solvers.refine(target, KEY, init=rough, tolerable=1e-6, doublings=1)
+    assert len(few.noise) == 8
+    off = [np.abs(values_of(one)["loc"] - exact) * np.sqrt(a * b) for one in (known, fine)]
+    assert off[0].max() > 0.3
+    assert off[1].max() < 0.15
+    # The scales that these four draws end at are out of proportion, and at others lead nowhere.
+    key = jax.random.key(2)
+    lost = vi.solvers.deterministic(target, key, num_draws=4)
+    found = vi.solvers.refine(target, key, init=lost, tolerable=1e-6, doublings=1)
+    assert found.info.status == Status.CONVERGED
+    with pytest.raises(ValueError, match="tolerable > 0"):
+        vi.solvers.refine(target, KEY, init=rough, tolerable=0.0)
+    with pytest.raises(TypeError, match="init"):
+        vi.solvers.refine(target, KEY, init=rough.params)

@@ -22,9 +22,9 @@ from vi_params.approximation.result import Approximation
 from vi_params.approximation.tails import heaviest
 from vi_params.diagnostics import check
 from vi_params.diagnostics.diagnose import threshold
-from vi_params.solvers.deterministic import deterministic
 from vi_params.solvers.linear_response import linear_response
 from vi_params.solvers.merge import merge
+from vi_params.solvers.refine import refine
 from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus
 from vi_params.solvers.start import data_of
 from vi_params.target import Target, flat, recentring, whole
@@ -34,13 +34,6 @@ GUIDE = "guide"
 
 BATCH = 4000
 """By how many draws a Gaussian is judged."""
-
-TOLERABLE = 0.5
-"""The largest sampling error of the fixed draws, in posterior standard deviations: above it they
-are doubled (Giordano, Ingram and Broderick, 2024, section 3.3)."""
-
-DOUBLINGS = 3
-"""How often they are doubled at most."""
 
 HEAVIEST = 0.9
 """The largest k-hat of a latent's second moment at which its spread is trusted: where it is one
@@ -203,16 +196,7 @@ def _respond(target: Target, key: jax.Array, data: Any, fixed: Any, lanes: int) 
     """A solution with linear response for every distinct optimum, the best first."""
     rank = None if flat(target).dim <= DENSE else RANK
     first, *others = optima(target, key, data, fixed, lanes)
-    best = linear_response(target, first, data, rank=rank)
-    for _ in range(DOUBLINGS):
-        if not float(best.info.sampling_error) > TOLERABLE:
-            break
-        num_draws = 2 * len(first.noise)
-        again = jax.random.fold_in(key, num_draws)
-        first = deterministic(
-            target, again, data, lanes=1, init=first, num_draws=num_draws, fixed=fixed
-        )
-        best = linear_response(target, first, data, rank=rank)
+    best = refine(target, key, data, init=first, fixed=fixed, rank=rank)
     return [best, *(linear_response(target, one, data, rank=rank) for one in others)]
 
 

@@ -9,6 +9,7 @@ from vi_params.solvers.natural_gradient import natural_gradient
 from vi_params.solvers.pathfinder import pathfinder
 from vi_params.solvers.population_monte_carlo import population_monte_carlo
 from vi_params.solvers.quantity_response import QuantityResponse, quantity_response
+from vi_params.solvers.refine import refine
 from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus
 from vi_params.solvers.svgd import Kernel, Particles, imq, rbf, svgd
 
@@ -30,6 +31,7 @@ __all__ = [
     "population_monte_carlo",
     "quantity_response",
     "rbf",
+    "refine",
     "score_matching",
     "svgd",
 ]

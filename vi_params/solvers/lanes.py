@@ -20,6 +20,7 @@ from vi_params.noise import moment_matched
 from vi_params.solvers.fixed_draws import FEW, LogDensity, fixed_draws
 from vi_params.solvers.layout import Layout
 from vi_params.solvers.optima import FAR
+from vi_params.solvers.solution import SolverStatus
 from vi_params.solvers.trust_region import LAST, Minimum, minimise, not_begun
 
 SAME_MODEL = 0.1
@@ -93,7 +94,7 @@ def in_two_stages(
     num_ready: int = 0,
 ) -> Minimum:
     """Where the lanes ended; those of one optimum have the results of the best of them, which alone
-    went on, unless it came to nothing.
+    went on, unless it came to no end.
 
     Args:
         lane: `(number, stage, x, enabled) -> Minimum`, from x, or from the lane's own starts where
@@ -114,7 +115,9 @@ def in_two_stages(
         i = jnp.where(is_first, num_ready + number, order[number - firsts])
         mine = jax.tree.map(lambda leaf: leaf[i], found)
         leader = leaders[i]
-        alone = (leader == i) | ~jnp.isfinite(found.value[leader])
+        status = found.status[leader]
+        ended = (status == SolverStatus.CONVERGED) | (status == SolverStatus.STALLED)
+        alone = (leader == i) | ~ended
         enabled = is_first | (alone & (leader >= 0))
         new = lane(i, jnp.where(is_first, i, LAST), mine.x, enabled)
         now = where_tree(enabled, new._replace(steps=mine.steps + new.steps), mine)

@@ -1,0 +1,91 @@
+"""As many fixed draws as matter: they are doubled while their sampling error is large."""
+
+import math
+from typing import Any
+
+import jax
+
+from vi_params._check import explain, require_count, require_instance, require_key
+from vi_params.solvers.deterministic import deterministic
+from vi_params.solvers.linear_response import linear_response
+from vi_params.solvers.solution import Solution
+from vi_params.target import Target
+
+TOLERABLE = 0.5
+"""The largest sampling error that is left, in posterior standard deviations."""
+
+
+def refine(
+    target: Target,
+    key: jax.Array,
+    data: Any = None,
+    *,
+    init: Solution,
+    fixed: Any = None,
+    tolerable: float = TOLERABLE,
+    doublings: int = 3,
+    rank: int | None = None,
+) -> Solution:
+    """The linear response of a fixed-draw solution, its draws doubled while they are too few.
+
+    An optimum at fixed draws differs from that of the ELBO by a sampling error, which linear
+    response estimates. Where it exceeds what is tolerable, the search goes on from the optimum, and
+    from a new start, at twice as many draws. Giordano, Ingram and Broderick (2024), JMLR 25(18),
+    section 3.3. On the host, since the number of draws is a shape: not under `jax.jit` or
+    `jax.vmap`.
+
+    Args:
+        target: what was approximated.
+        key: a typed random key, of further draws.
+        data: the data of that solution; the target's own where None.
+        init: what `vi.solvers.deterministic` gave for it.
+        fixed: as `init` was given them.
+        tolerable: the largest sampling error of a location that is left, in posterior standard
+            deviations.
+        doublings: how often they are doubled at most.
+        rank: as `vi.linear_response` takes it.
+
+    Returns:
+        The `Solution` of `vi.linear_response`; `len(solution.noise)` is the number of draws and
+        `info.sampling_error` what is left of the error.
+
+    Raises:
+        ValueError: tolerable <= 0, doublings < 0, `init` is of another family, a rank not among
+            1 .. dim, or data that are a batch.
+        TypeError: `key` is not a typed key, or `init` is no `Solution`.
+
+    Example:
+        >>> def log_density(values, latents, data):
+        ...     return 3.0 * latents["z"] - jnp.exp(3.0 * latents["z"])
+        >>> target = vi.target(log_density, {"z": vi.Latent(())})
+        >>> rough = vi.solvers.deterministic(target, jax.random.key(0), num_draws=4)
+        >>> fine = vi.solvers.refine(target, jax.random.key(1), init=rough, tolerable=0.01)
+        >>> len(rough.noise), len(fine.noise)
+        (4, 32)
+    """
+    require_key(key, "solvers.refine")
+    require_instance(init, Solution, "vi.solvers.deterministic(target, key)", "init")
+    require_count(doublings, "doublings", "solvers.refine", least=0)
+    if not tolerable > 0:
+        raise ValueError(
+            explain(
+                "No number of draws has no sampling error.",
+                expected="tolerable > 0, in posterior standard deviations",
+                received=str(tolerable),
+                where="solvers.refine",
+            )
+        )
+    solution = init
+    found = linear_response(target, solution, data, rank=rank)
+    for _ in range(doublings):
+        error = float(found.info.sampling_error)
+        if math.isnan(error) or error <= tolerable:
+            break
+        num_draws = 2 * len(solution.noise)
+        again = jax.random.fold_in(key, num_draws)
+        # A second lane starts anew: the scales of too few draws can be out of all proportion.
+        solution = deterministic(
+            target, again, data, lanes=2, init=solution, num_draws=num_draws, fixed=fixed
+        )
+        found = linear_response(target, solution, data, rank=rank)
+    return found
