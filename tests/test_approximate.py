@@ -17,6 +17,7 @@ from numpyro.infer import MCMC, NUTS
 import vi_params as vi
 from vi_params._cache import program
 from vi_params.approximation.candidate import Candidate, best_of
+from vi_params.approximation.judge import judge
 from vi_params.approximation.polish import is_stale
 from vi_params.approximation.result import _deterministic
 from vi_params.approximation.tails import heaviest
@@ -183,6 +184,16 @@ def test_densities_that_are_not_finite_are_told():
     found = vi.approximate(vi.target(log_density, {"z": vi.Latent(())}), KEY, polish=False)
     assert not found.trustworthy
     assert "not finite at some draws" in found.verdict
+
+
+def test_a_spread_beyond_the_dtype_is_told_without_a_warning(recwarn):
+    target = vi.target(lambda v, z, d: -1e25 * jnp.float32(z["z"]) ** 2, {"z": vi.Latent(())})
+    guide = vi.guides.mean_field(target)
+    params = vi.init_params(guide.declared, KEY)
+    _, diagnosis = judge(target, guide, 100, target.data)(params, KEY, target.data)
+    assert np.isfinite(diagnosis.elbo)
+    assert not diagnosis.trustworthy
+    assert not recwarn.list
 
 
 def test_deterministic_sites_make_no_batched_factorisations():

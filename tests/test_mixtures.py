@@ -164,7 +164,7 @@ def test_draws_of_an_active_mixture_and_em_on_them():
 
 
 def bent(values, latents, data):
-    """40 latents: one bends another and stretches the rest; log evidence 0."""
+    """Many latents: one bends another and stretches the rest; log evidence 0."""
     z = latents["z"]
     rest = dist.Normal(0.0, jnp.exp(0.15 * z[0])).log_prob(z[2:]).sum()
     bend = dist.Normal(0.4 * z[0] ** 2, 0.5).log_prob(z[1])
@@ -203,13 +203,13 @@ def test_directions_take_no_further_gradients():
     target = vi.target(log_density, {"z": vi.Latent((40,))})
     start = vi.linear_response(target, vi.solvers.deterministic(target, KEY))
     rounds = population(target, start.guide, 2, 7, 100, 2)
-    drawn = rounds.first(start.params, KEY, target.data)
+    drawn = jax.jit(rounds.first)(start.params, KEY, target.data)
     before = len(calls)
     position = np.asarray(drawn.position[:80])
     gradient = gradients(target, start, position, target.data)
     slopes = Slopes(position, gradient, np.full(80, 1 / 80, position.dtype))
-    params = rounds.begin(start.params, KEY, drawn, slopes)
-    rounds.refit(params, drawn)
+    params = jax.jit(rounds.begin)(start.params, KEY, drawn, slopes)
+    jax.jit(rounds.refit)(params, drawn)
     assert len(calls) == before
     exact = jax.vmap(jax.grad(lambda z: bent({}, {"z": z}, None)))(position)
     np.testing.assert_allclose(gradient, exact, rtol=1e-3, atol=1e-3)

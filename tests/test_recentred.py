@@ -183,7 +183,7 @@ def test_approximate_follows_a_centred_hierarchy():
     posterior = vi.approximate(target, KEY)
     assert posterior.trustworthy
     draws = posterior.draws(jax.random.key(1), 8000)
-    mcmc = MCMC(NUTS(apart), num_warmup=500, num_samples=8000, progress_bar=False)
+    mcmc = MCMC(NUTS(apart), num_warmup=500, num_samples=4000, progress_bar=False)
     mcmc.run(jax.random.key(2), Y)
     exact = mcmc.get_samples()
     for name in ("mean", "tau", "x"):

@@ -36,7 +36,7 @@ class Judge(NamedTuple):
         log_ratios = np.array(log_ratios)
         log_ratios[np.isnan(log_ratios)] = -np.inf  # outside the support
         weighted = Weighted(latents, position, log_ratios, psis_on_host(log_ratios))
-        with np.errstate(invalid="ignore"):  # the spread where some are -inf
+        with np.errstate(invalid="ignore", over="ignore"):  # the spread where some are -inf or huge
             return weighted, judged(self.guide, weighted, np)
 
     def ahead(self, pool: Executor, params: Any, key: jax.Array, data: Any) -> Weighted:
