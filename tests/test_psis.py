@@ -57,6 +57,7 @@ BROKEN = {
     "weights of zero": broken(slice(40), -np.inf),
     "no weight": broken(slice(100), -np.inf),
     "constant": np.zeros(100, np.float32),
+    "huge": broken(3, 3e38),
 }
 
 

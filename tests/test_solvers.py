@@ -396,14 +396,18 @@ def test_draws_are_doubled_while_they_are_too_few():
     assert len(fine.noise) == 256
     few = vi.solvers.refine(target, KEY, init=rough, tolerable=1e-6, doublings=1)
     assert len(few.noise) == 8
+    some = vi.solvers.refine(target, KEY, init=rough, tolerable=0.06, doublings=6)
+    assert 4 < len(some.noise) < 256
+    assert some.info.sampling_error <= 0.06
     off = [np.abs(values_of(one)["loc"] - exact) * np.sqrt(a * b) for one in (known, fine)]
     assert off[0].max() > 0.3
     assert off[1].max() < 0.15
-    # The scales that these four draws end at are out of proportion, and at others lead nowhere.
-    key = jax.random.key(2)
-    lost = vi.solvers.deterministic(target, key, num_draws=4)
+    # The scales that these four draws end at are out of proportion: at others they lead nowhere.
+    key = jax.random.key(3)
+    lost = vi.solvers.deterministic(target, key, num_draws=4, name="q")
     found = vi.solvers.refine(target, key, init=lost, tolerable=1e-6, doublings=1)
     assert found.info.status == Status.CONVERGED
+    assert set(found.params) == {"q"}
     with pytest.raises(ValueError, match="tolerable > 0"):
         vi.solvers.refine(target, KEY, init=rough, tolerable=0.0)
     with pytest.raises(TypeError, match="init"):

@@ -46,7 +46,7 @@ class Quick:
             f: a function of arrays.
             options: XLA's on a CPU; none for programs that run long enough to be optimised.
         """
-        self.plain = jax.jit(precise(f))
+        self.plain = jax.jit(precise(f))  # on a CPU products are exact anyway
         self.light = jax.jit(f, compiler_options=options) if options else self.plain
         self.begun: list[Future] = []
 
@@ -55,14 +55,13 @@ class Quick:
         if is_traced(*args, jnp.zeros(())):
             return self.plain(*args)
         for compiling in self.begun:  # else it would be compiled twice
-            if not compiling.cancelled():
+            if not compiling.cancel():
                 compiling.exception()
-        self.begun = []
         return self._own()(*args)
 
     def ahead(self, pool: Executor, *args: Any) -> Any:
         """Has the program compiled by a thread of `pool`, unless it is; gives its outputs' shapes.
-        A call waits for it.
+        A call waits for what is being compiled, and compiles itself what has not begun.
 
         It is traced here: models may hold state while they are traced, as NumPyro's handlers do.
 
@@ -71,7 +70,8 @@ class Quick:
             *args: of a later call, or their shapes and dtypes.
         """
         lowered = self._own().lower(*args)
-        self.begun.append(pool.submit(lowered.compile))
+        waiting = [compiling for compiling in self.begun if not compiling.done()]
+        self.begun = [*waiting, pool.submit(lowered.compile)]
         return lowered.out_info
 
     def _own(self) -> Any:
@@ -81,7 +81,7 @@ class Quick:
 @contextlib.contextmanager
 def compiler() -> Iterator[Executor]:
     """Threads for `Quick.ahead`, first come first served; at the end what has not begun is dropped,
-    and what has begun is not waited for."""
+    and what has begun goes on, at the latest until the interpreter ends."""
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
         yield pool

@@ -37,7 +37,7 @@ def compile_usual(
         fixed: the parameters that the solver leaves as they are.
         lanes: as `vi.solvers.deterministic` takes them.
         num_draws: by how many draws it is judged.
-        polished: whether a mixture may follow.
+        polished: whether a mixture is likely to follow.
     """
     mean_field, solve = prepared_solver(target, lanes=lanes, fixed=tuple(sorted(fixed)))
     (name,) = mean_field.declared

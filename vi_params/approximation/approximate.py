@@ -143,7 +143,7 @@ def _tried(
             centring,
             lanes,
             BATCH,
-            polished=polish and bool(centring),
+            polished=polish and bool(centring),  # for a hierarchy a Gaussian seldom does
         )
     if centring:
         centring = suited(target, next(keys), data, lanes)

@@ -6,12 +6,8 @@ import jax
 
 from vi_params.solvers.deterministic import deterministic
 from vi_params.solvers.optima import apart
-from vi_params.solvers.solution import Solution, SolverStatus
+from vi_params.solvers.solution import ENDED, Solution
 from vi_params.target import Target
-
-ENDED = (SolverStatus.CONVERGED, SolverStatus.STALLED)
-"""How a lane may have ended: in float32 one can stall at its optimum, and what that is worth,
-importance weights tell."""
 
 
 def optima(target: Target, key: jax.Array, data: Any, fixed: Any, lanes: int) -> list[Solution]:

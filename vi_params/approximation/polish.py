@@ -54,7 +54,15 @@ POLISHED = "population Monte Carlo"
 
 
 class _Pieces(NamedTuple):
-    """The mixture, along how many directions its components are free, and its programs."""
+    """What the rounds consist of.
+
+    Attributes:
+        guide: the mixture.
+        num_active: along how many directions its components are free; None for all.
+        begin: the program of the first mixture.
+        judge: of a mixture.
+        refit: the program of the next mixture.
+    """
 
     guide: Guide
     num_active: int | None

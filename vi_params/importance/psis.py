@@ -65,11 +65,11 @@ def psis(log_ratios: jax.Array) -> Smoothed:
 
 
 def psis_on_host(log_ratios: np.ndarray) -> Smoothed:
-    """`psis` in numpy and float64, in the dtype it was given: nothing is compiled."""
+    """`psis` on the host: computed in float64, returned in the dtype given; nothing is compiled."""
     dtype = log_ratios.dtype
-    with np.errstate(all="ignore"):  # what the tests for broken weights are about
+    with np.errstate(all="ignore"):  # broken weights, and what the dtype does not hold
         found = _smoothed(np.asarray(log_ratios, float), np)
-    return jax.tree.map(lambda leaf: np.asarray(leaf, dtype), found)
+        return jax.tree.map(lambda leaf: np.asarray(leaf, dtype), found)
 
 
 def _smoothed(log_ratios: Any, xp: Any) -> Smoothed:

@@ -20,7 +20,7 @@ from vi_params.noise import moment_matched
 from vi_params.solvers.fixed_draws import FEW, LogDensity, fixed_draws
 from vi_params.solvers.layout import Layout
 from vi_params.solvers.optima import FAR
-from vi_params.solvers.solution import SolverStatus
+from vi_params.solvers.solution import ENDED
 from vi_params.solvers.trust_region import LAST, Minimum, minimise, not_begun
 
 SAME_MODEL = 0.1
@@ -115,8 +115,7 @@ def in_two_stages(
         i = jnp.where(is_first, num_ready + number, order[number - firsts])
         mine = jax.tree.map(lambda leaf: leaf[i], found)
         leader = leaders[i]
-        status = found.status[leader]
-        ended = (status == SolverStatus.CONVERGED) | (status == SolverStatus.STALLED)
+        ended = jnp.isin(found.status[leader], jnp.array(ENDED))
         alone = (leader == i) | ~ended
         enabled = is_first | (alone & (leader >= 0))
         new = lane(i, jnp.where(is_first, i, LAST), mine.x, enabled)

@@ -21,6 +21,10 @@ class SolverStatus(enum.IntEnum):
     DIVERGED = 5
 
 
+ENDED = (SolverStatus.CONVERGED, SolverStatus.STALLED)
+"""How a search has ended that may have found an optimum: in float32 one can stall there, and what
+that is worth, importance weights tell."""
+
 MESSAGES = {
     SolverStatus.CONVERGED: "converged",
     SolverStatus.MAX_STEPS: "not converged: max_steps was reached; give it more",
