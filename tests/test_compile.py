@@ -23,7 +23,9 @@ def precisions(program, *args):
 
 
 def test_products_are_exact_unless_a_precision_is_configured():
-    product = lambda x: x @ x  # noqa: E731
+    def product(x):
+        return x @ x
+
     assert precisions(jax.jit(product), X) <= {"DEFAULT, DEFAULT"}
     for program in (jax.jit(precise(product)), Quick(product).plain):
         assert precisions(program, X) == {"HIGHEST, HIGHEST"}

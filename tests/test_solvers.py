@@ -412,3 +412,5 @@ def test_draws_are_doubled_while_they_are_too_few():
         vi.solvers.refine(target, KEY, init=rough, tolerable=0.0)
     with pytest.raises(TypeError, match="init"):
         vi.solvers.refine(target, KEY, init=rough.params)
+    with pytest.raises(TypeError, match="cannot depend on values that are traced"):
+        jax.jit(lambda key: vi.solvers.refine(target, key, init=rough).params)(KEY)

@@ -28,6 +28,7 @@ def precise(f: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(f)
     def inside(*args: Any) -> Any:
+        # JAX makes the attributes of its configuration as it starts: no type checker sees them.
         configured = jax.config.jax_default_matmul_precision  # pyright: ignore
         with jax.default_matmul_precision(configured or "highest"):
             return f(*args)
@@ -54,7 +55,7 @@ class Quick:
         # Within another program even a constant is traced; options belong to outermost programs.
         if is_traced(*args, jnp.zeros(())):
             return self.plain(*args)
-        for compiling in self.begun:  # else it would be compiled twice
+        for compiling in self.begun:  # what is queued is compiled here, what runs is waited for
             if not compiling.cancel():
                 compiling.exception()
         return self._own()(*args)

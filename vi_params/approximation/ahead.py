@@ -26,7 +26,7 @@ def compile_usual(
     *,
     polished: bool,
 ) -> None:
-    """Has compiled, unless it is, what leads from a target to draws, in the order it is needed.
+    """Has compiled, unless it is, what leads from a target to draws.
 
     Args:
         pool: whose threads compile.

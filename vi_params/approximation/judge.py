@@ -33,8 +33,7 @@ class Judge(NamedTuple):
     def __call__(self, params: Any, key: jax.Array, data: Any) -> tuple[Weighted, Diagnosis]:
         """A batch, and what its weights say."""
         latents, position, log_ratios = self.draw(params, key, data)
-        log_ratios = np.array(log_ratios)
-        log_ratios[np.isnan(log_ratios)] = -np.inf  # outside the support
+        log_ratios = np.asarray(log_ratios)
         weighted = Weighted(latents, position, log_ratios, psis_on_host(log_ratios))
         with np.errstate(invalid="ignore", over="ignore"):  # the spread where some are -inf or huge
             return weighted, judged(self.guide, weighted, np)
@@ -55,7 +54,8 @@ def judge(target: Target, guide: Guide, num_draws: int, data: Any) -> Judge:
 def _draw(target: Target, guide: Guide, num_draws: int, is_short: bool) -> Quick:
     def draw(params: Any, key: jax.Array, data: Any) -> tuple[Any, Any, jax.Array]:
         noise = guide.noise(key, num_draws)
-        return compared(target, guide, params, noise, data, at_once(num_draws, target, data))
+        size = at_once(num_draws, target, data)
+        return compared(target, guide, params, noise, data, size, nan_is_outside=True)
 
     # A program of many numbers runs long enough for XLA's optimisations to pay.
     return Quick(draw) if is_short else Quick(draw, options={})

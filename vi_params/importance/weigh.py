@@ -55,9 +55,9 @@ def weigh(
         nan_is_outside: whether a draw whose ratio is not a number counts as outside the support,
             with weight zero, instead of making all weights NaN.
     """
-    latents, position, log_ratios = compared(target, guide, params, noise, data, batch_size)
-    if nan_is_outside:
-        log_ratios = jnp.where(jnp.isnan(log_ratios), -jnp.inf, log_ratios)
+    latents, position, log_ratios = compared(
+        target, guide, params, noise, data, batch_size, nan_is_outside=nan_is_outside
+    )
     return Weighted(latents, position, log_ratios, psis(log_ratios))
 
 
@@ -68,6 +68,8 @@ def compared(
     noise: Any,
     data: Any,
     batch_size: int | None = None,
+    *,
+    nan_is_outside: bool = False,
 ) -> tuple[Any, Any, jax.Array]:
     """The latents and positions of draws, and their log ratios; as `weigh` takes its arguments."""
     values = constrain(target.declared, pick(params, target.declared))
@@ -77,7 +79,10 @@ def compared(
         log_ratio = target.log_density(values, draw.latents, data) - draw.log_prob
         return draw.latents, draw.position, log_ratio
 
-    return over(one, noise, batch_size)
+    latents, position, log_ratios = over(one, noise, batch_size)
+    if nan_is_outside:
+        log_ratios = jnp.where(jnp.isnan(log_ratios), -jnp.inf, log_ratios)
+    return latents, position, log_ratios
 
 
 def at_once(num_draws: int, target: Target, data: Any) -> int:

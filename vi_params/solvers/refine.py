@@ -1,11 +1,13 @@
 """As many fixed draws as matter: they are doubled while their sampling error is large."""
 
+import functools
 import math
 from typing import Any
 
 import jax
 
 from vi_params._check import explain, require_count, require_instance, require_key
+from vi_params._tree import is_traced
 from vi_params.solvers.deterministic import deterministic
 from vi_params.solvers.linear_response import linear_response
 from vi_params.solvers.solution import ENDED, Solution, require_mean_field
@@ -13,9 +15,6 @@ from vi_params.target import Target
 
 TOLERABLE = 0.5
 """The largest sampling error that is left, in posterior standard deviations."""
-
-LANES = 4
-"""From how many starts a search begins anew."""
 
 
 def refine(
@@ -56,7 +55,8 @@ def refine(
         ValueError: tolerable <= 0, doublings < 0, `init` is of another family or has no even number
             of fixed draws, a rank not among 1 .. dim, or data that are a batch.
         KeyError: `fixed` or `data` hold unknown names, or `data` lack one.
-        TypeError: `key` is not a typed key, or `init` is no `Solution`.
+        TypeError: `key` is not a typed key, `init` is no `Solution`, or one of them or the data is
+            traced.
 
     Example:
         >>> def log_density(values, latents, data):
@@ -71,6 +71,17 @@ def refine(
     require_instance(init, Solution, "vi.solvers.deterministic(target, key)", "init")
     name = require_mean_field(init, "solvers.refine, init")
     require_count(doublings, "doublings", "solvers.refine", least=0)
+    if is_traced(key, init.params, data):
+        raise TypeError(
+            explain(
+                "The number of draws cannot depend on values that are traced.",
+                expected="a key, data and a solution that are known",
+                received="tracers of jax.jit, jax.vmap or another transformation",
+                where="solvers.refine",
+                hint="inside of them vi.solvers.deterministic(num_draws=...) and "
+                "vi.linear_response take a number of draws that is given",
+            )
+        )
     if not tolerable > 0:
         raise ValueError(
             explain(
@@ -81,11 +92,6 @@ def refine(
             )
         )
 
-    def solved(num_draws: int, start: Solution | None, lanes: int) -> Solution:
-        again = jax.random.fold_in(key, num_draws)
-        given = {"num_draws": num_draws, "fixed": fixed, "name": name}
-        return deterministic(target, again, data, lanes=lanes, init=start, **given)
-
     solution = init
     found = linear_response(target, solution, data, rank=rank)
     for _ in range(doublings):
@@ -93,9 +99,18 @@ def refine(
         if math.isnan(error) or error <= tolerable:
             break
         num_draws = 2 * len(solution.noise)
-        solution = solved(num_draws, solution, lanes=1)
+        solve = functools.partial(
+            deterministic,
+            target,
+            jax.random.fold_in(key, num_draws),
+            data,
+            num_draws=num_draws,
+            fixed=fixed,
+            name=name,
+        )
+        solution = solve(lanes=1, init=solution)
         if int(solution.info.status) not in ENDED:
             # The scales of too few draws can be out of all proportion, and lead nowhere.
-            solution = solved(num_draws, None, lanes=LANES)
+            solution = solve()
         found = linear_response(target, solution, data, rank=rank)
     return found
