@@ -17,11 +17,11 @@ from numpyro.infer import MCMC, NUTS
 import vi_params as vi
 from vi_params._cache import program
 from vi_params.approximation.candidate import Candidate, best_of
-from vi_params.approximation.judge import judge
+from vi_params.approximation.judge import judge_of_guide
 from vi_params.approximation.polish import is_stale
 from vi_params.approximation.result import _deterministic
-from vi_params.approximation.tails import heaviest
-from vi_params.importance import Weighted, psis
+from vi_params.approximation.tails import Spread, worst_spread
+from vi_params.importance import Weighted, psis, psis_on_host
 
 KEY = jax.random.key(0)
 
@@ -190,7 +190,7 @@ def test_a_spread_beyond_the_dtype_is_told_without_a_warning(recwarn):
     target = vi.target(lambda v, z, d: -1e25 * jnp.float32(z["z"]) ** 2, {"z": vi.Latent(())})
     guide = vi.guides.mean_field(target)
     params = vi.init_params(guide.declared, KEY)
-    _, diagnosis = judge(target, guide, 100, target.data)(params, KEY, target.data)
+    _, diagnosis = judge_of_guide(target, guide, params, target.data, 100)(KEY)
     assert np.isfinite(diagnosis.elbo)
     assert not diagnosis.trustworthy
     assert not recwarn.list
@@ -330,7 +330,7 @@ def tried(k_hat, share, log_evidence=0.0):
     diagnosis = types.SimpleNamespace(
         k_hat=k_hat, ess=1000 * share, num_draws=1000, log_evidence=log_evidence
     )
-    return Candidate("", None, diagnosis, None)
+    return Candidate("", None, diagnosis, (), None)
 
 
 @pytest.mark.parametrize(
@@ -366,9 +366,35 @@ def test_second_moments_have_the_tail_of_the_squares(df, k_hat):
     log_ratios = jnp.zeros(size).at[0].set(-jnp.inf)
     draws = draws.at[0].set(jnp.inf)
     latents = {"x": draws, "c": jnp.ones(size)}
-    place, found = heaviest(Weighted(latents, draws, log_ratios, psis(log_ratios)))
-    assert place == "x[2, 7]"
-    np.testing.assert_allclose(found, k_hat, atol=0.2)
+    found = worst_spread(Weighted(latents, draws, log_ratios, psis(log_ratios)))
+    assert found.name == "x[2, 7]"
+    np.testing.assert_allclose(found.k_hat, k_hat, atol=0.2)
+
+
+def test_the_error_of_a_spread_is_that_of_repeated_batches():
+    """Weighted draws of N(0, 1.2) towards N(0, 1), whose log standard deviations are known."""
+    random = np.random.default_rng(0)
+    found = []
+    for _ in range(300):
+        x = 1.2 * random.standard_normal(2000)
+        smoothed = psis_on_host(-0.5 * x**2 + 0.5 * (x / 1.2) ** 2)
+        weights = np.exp(smoothed.log_weights)
+        log_sd = 0.5 * np.log(weights @ (x - weights @ x) ** 2)
+        found.append((log_sd, worst_spread(Weighted({"x": x}, x, None, smoothed)).error))
+    log_sds, errors = np.transpose(found)
+    np.testing.assert_allclose(errors.mean(), log_sds.std(), rtol=0.15)
+
+
+def test_one_of_two_batches_can_be_lucky():
+    spreads = {True: Spread("x", 0.9, 0.02), False: Spread("x", 0.8, 0.05)}
+    assert all(spread.is_shown is shown for shown, spread in spreads.items())
+    assert Spread("x", 0.7, 0.2).is_shown
+    random = np.random.default_rng(1)
+    light, heavy = random.standard_normal(4000), random.standard_t(2.0, 4000)
+    smoothed = psis_on_host(np.zeros(4000))
+    batches = [Weighted({"x": x}, x, None, smoothed) for x in (light, heavy)]
+    assert worst_spread(batches[0]).is_shown
+    assert not worst_spread(*batches).is_shown
 
 
 @pytest.mark.parametrize(("spread", "trusted"), [(0.5, True), (3.0, False)])

@@ -13,7 +13,7 @@ import vi_params as vi
 from vi_params._compile import precise
 from vi_params.guides.active_mixture import Across, Parts
 from vi_params.guides.mixture import Components
-from vi_params.importance import pick_draws
+from vi_params.importance import Weighted, pick_draws, psis_on_host, weigh
 from vi_params.solvers.linear_response import gradients
 from vi_params.solvers.population_monte_carlo import population
 from vi_params.solvers.solution import Slopes
@@ -202,19 +202,44 @@ def test_directions_take_no_further_gradients():
 
     target = vi.target(log_density, {"z": vi.Latent((40,))})
     start = vi.linear_response(target, vi.solvers.deterministic(target, KEY))
-    rounds = population(target, start.guide, 2, 7, 100, 2)
-    drawn = jax.jit(rounds.first)(start.params, KEY, target.data)
+    noise = start.guide.noise(KEY, 100)
+    drawn = weigh(target, start.guide, start.params, noise, target.data)
+    drawn = jax.tree.map(np.asarray, drawn)
+    own = vi.constrain(start.guide.declared, start.params)["guide"]
+    own = jax.tree.map(np.asarray, own)
     before = len(calls)
-    position = np.asarray(drawn.position[:80])
-    gradient = gradients(target, start, position, target.data)
+    position = drawn.position[:80]
+    gradient = np.asarray(gradients(target, start, position, target.data))
     slopes = Slopes(position, gradient, np.full(80, 1 / 80, position.dtype))
-    params = jax.jit(rounds.begin)(start.params, KEY, drawn, slopes)
-    jax.jit(rounds.refit)(params, drawn)
+    rounds = population(target, start.guide, 2, 7, 2)
+    first = rounds.begin(own, position[:2], drawn, slopes, np)
+    rounds.refit(first, drawn, np)
     assert len(calls) == before
     exact = jax.vmap(jax.grad(lambda z: bent({}, {"z": z}, None)))(position)
     np.testing.assert_allclose(gradient, exact, rtol=1e-3, atol=1e-3)
-    values = vi.constrain(rounds.guide.declared, {"guide": params["guide"]})["guide"]
-    np.testing.assert_allclose(np.sum(values["frame"]["rotation"][0, :2] ** 2), 1.0, atol=0.1)
+    np.testing.assert_allclose(np.sum(first.frame.rotation[0, :2] ** 2), 1.0, atol=0.1)
+
+
+@pytest.mark.parametrize("num_active", [None, 2])
+def test_a_round_is_the_same_in_a_program_and_on_the_host(num_active):
+    """Mixture and refit of the same weighted draws, in jax.numpy and in numpy."""
+    start = vi.guides.full_rank(ACTIVE, init={"z": jnp.zeros(4)}, init_scale=1.0)
+    rounds = population(ACTIVE, start, 3, 5, num_active)
+    random = np.random.default_rng(0)
+    u, scores = random.normal(0.1, 1.0, (400, 4)), random.normal(size=(400, 4))
+    drawn = Weighted({}, u, None, psis_on_host(random.normal(size=400)))
+    slopes = Slopes(u, scores - u, np.full(400, 1 / 400))
+    own = {"loc": np.zeros(4), "scale_tril": np.eye(4)}
+
+    def run(xp):
+        first = rounds.begin(*jax.tree.map(xp.asarray, (own, u[:3], drawn, slopes)), xp)
+        return rounds.refit(first, jax.tree.map(xp.asarray, drawn), xp)
+
+    with jax.enable_x64():
+        here, there = run(np), jax.jit(lambda: run(jnp))()
+    for one, other in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True):
+        assert isinstance(one, np.ndarray)
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 def skewed(values, latents, data):

@@ -6,8 +6,9 @@ from typing import Any
 import jax
 
 from vi_params.approximation.candidate import wide_tailed
-from vi_params.approximation.judge import judge
+from vi_params.approximation.judge import compile_density
 from vi_params.approximation.polish import compile_polish
+from vi_params.approximation.proposals import compile_values
 from vi_params.approximation.result import compile_draws
 from vi_params.solvers.deterministic import prepared as prepared_solver
 from vi_params.solvers.linear_response import prepared as prepared_response
@@ -22,7 +23,6 @@ def compile_usual(
     data: Any,
     fixed: Any,
     lanes: int,
-    num_draws: int,
     *,
     polished: bool,
 ) -> None:
@@ -36,7 +36,6 @@ def compile_usual(
         data: the data.
         fixed: the parameters that the solver leaves as they are.
         lanes: as `vi.solvers.deterministic` takes them.
-        num_draws: by how many draws it is judged.
         polished: whether a mixture is likely to follow.
     """
     mean_field, solve = prepared_solver(target, lanes=lanes, fixed=tuple(sorted(fixed)))
@@ -47,7 +46,8 @@ def compile_usual(
         response = expand.ahead(pool, params, draws, data)
     params, _ = respond.ahead(pool, params, info, response)
     guide = wide_tailed(target, name)
-    drawn = judge(target, guide, num_draws, data).ahead(pool, params, key, data)
-    compile_draws(pool, given, params, drawn.latents, data)
+    compile_values(pool, guide, params)
+    latents = compile_density(pool, target, params, data)
+    compile_draws(pool, given, params, latents, data)
     if polished:
-        compile_polish(pool, target, guide, params, key, drawn, draws, data)
+        compile_polish(pool, target, guide, params, draws, data)

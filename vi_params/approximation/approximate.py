@@ -8,18 +8,26 @@ from typing import Any
 import jax
 import numpy as np
 
+from vi_params._arrays import one_thread
 from vi_params._check import explain, require_count, require_key
 from vi_params._compile import compiler
 from vi_params._table import Table
 from vi_params.approximation.ahead import compile_usual
-from vi_params.approximation.candidate import Candidate, best_of, judged, with_wide_tails
+from vi_params.approximation.candidate import (
+    Candidate,
+    best_of,
+    judge_of,
+    judged,
+    with_wide_tails,
+)
 from vi_params.approximation.centring import non_centred, suited
 from vi_params.approximation.flow import can_flow, flowed
+from vi_params.approximation.judge import BATCH
 from vi_params.approximation.optima import optima
 from vi_params.approximation.polish import can_polish
 from vi_params.approximation.polish import polish as polished
 from vi_params.approximation.result import Approximation
-from vi_params.approximation.tails import heaviest
+from vi_params.approximation.tails import Spread, worst_spread
 from vi_params.diagnostics import check
 from vi_params.diagnostics.diagnose import threshold
 from vi_params.solvers.linear_response import linear_response
@@ -31,13 +39,6 @@ from vi_params.target import Target, flat, recentring, whole
 
 GUIDE = "guide"
 """What the guide's parameters are called."""
-
-BATCH = 4000
-"""By how many draws a Gaussian is judged."""
-
-HEAVIEST = 0.9
-"""The largest k-hat of a latent's second moment at which its spread is trusted: where it is one
-there is nothing finite to be estimated, and k-hats of heavy tails are too low."""
 
 DENSE = 1000
 """The largest dimension in which linear response holds every covariance."""
@@ -62,11 +63,12 @@ def approximate(
     distinct optima were found, their mixture; where that is not good enough, a mixture of Student-t
     distributions polished by population Monte Carlo, in all directions in up to 32 dimensions and
     along the most active ones in up to 500. It stops at the first that is good: k-hat below 0.5 and
-    a fifth of the draws effective (a half for the mixture, which was fitted to such weights).
+    a fifth of the draws effective (two fifths for the mixture, which was fitted to such weights).
     Trusted is what has a k-hat below 0.7 in two independent judgements and 15 % of the draws
     effective; of several, of those whose log evidence shows that they miss no mass the most
-    effective, a k-hat above 0.5 counted against it. The k-hat of every latent's second moment must
-    be at most 0.9, too: of a heavier tail importance weights do not show the spread.
+    effective, a k-hat above 0.5 counted against it. Every latent's spread must show, too: where
+    the k-hat of its second moment exceeds 0.75, the standard error of the logarithm of its standard
+    deviation may be 0.03.
 
     Hierarchies of NumPyro programs are approximated in partially centred coordinates where
     `vi.recentred` has them; how far each latent is centred, a pilot decides by how much the data
@@ -115,7 +117,7 @@ def approximate(
     require_count(lanes, "lanes", "approximate")
     target = _usable(whole(target))
     given, target = target, recentring(target) or target
-    with compiler() as pool:
+    with compiler() as pool, one_thread():
         candidates = _tried(pool, given, target, key, data, lanes, polish, flow)
     return _conclude(given, target, candidates, data)
 
@@ -142,7 +144,6 @@ def _tried(
             data,
             centring,
             lanes,
-            BATCH,
             polished=polish and bool(centring),  # for a hierarchy a Gaussian seldom does
         )
     if centring:
@@ -152,11 +153,11 @@ def _tried(
     modes = _respond(target, first, data, centring, lanes)
     _require_valid(given, first, modes[0], data)
     wide = with_wide_tails(target, modes[0])
-    candidates = [judged("linear response", target, wide, keys, data, BATCH)]
+    candidates = [judged("linear response", wide, judge_of(target, wide, data), keys)]
     if len(modes) > 1:
         merged = merge(target, modes, next(keys), data, num_draws=BATCH)
         name = f"{len(modes)} optima merged"
-        candidates.append(judged(name, target, merged, keys, data, BATCH))
+        candidates.append(judged(name, merged, judge_of(target, merged, data), keys))
     best = best_of(candidates)
     if polish and not best.is_good and can_polish(target, best):
         candidates.append(polished(pool, target, best, keys, data))
@@ -214,36 +215,34 @@ def _conclude(
         )
         for one in candidates
     )
-    heavy = heaviest(best.drawn) if best.is_trustworthy else ("", 0.0)
-    trustworthy = best.is_trustworthy and heavy[1] <= HEAVIEST
+    spread = worst_spread(*best.batches) if best.is_trustworthy else None
     return Approximation(
         guide=best.solution.guide,
         params=best.solution.params,
         diagnosis=best.diagnosis,
-        trustworthy=trustworthy,
+        trustworthy=spread is not None and spread.is_shown,
         resampled=best.is_trustworthy,
-        verdict=_verdict(best, trustworthy, heavy, candidates[0].solution.info),
+        verdict=_verdict(best, spread, candidates[0].solution.info),
         table=Table(("approximation", "k-hat", "ESS %", "log evidence"), rows),
         target=target,
         coordinates=coordinates,
         data=data,
+        judge=best.judge,
     )
 
 
-def _verdict(
-    best: Candidate, trustworthy: bool, heavy: tuple[str, float], first: SolverInfo
-) -> str:
+def _verdict(best: Candidate, spread: Spread | None, first: SolverInfo) -> str:
+    """In words, with the spread that is shown least where the weights are good enough."""
     k_hat, limit = float(best.diagnosis.k_hat), threshold(int(best.diagnosis.num_draws))
     found = f"{best.name}: k-hat {k_hat:.2f}, {100 * best.share:.0f} % of the draws effective"
-    if trustworthy:
+    if spread is not None and spread.is_shown:
         return f"Trust this ({found}); draws are importance-resampled."
-    if best.is_trustworthy:
-        name, tail = heavy
+    if spread is not None:
         return (
-            f"Do not trust this ({found}): the tail of {name} is so heavy (k-hat {tail:.2f} of "
-            "its second moment) that its standard deviation cannot be told from draws like these. "
-            "Use quantiles, or MCMC with many draws; .nuts_start(key) gives it starting points and "
-            "a mass matrix. Draws are importance-resampled."
+            f"Do not trust this ({found}): the tail of {spread.name} is so heavy (k-hat "
+            f"{spread.k_hat:.2f} of its second moment) that its standard deviation cannot be told "
+            "from draws like these. Use quantiles, or MCMC with many draws; .nuts_start(key) gives "
+            "it starting points and a mass matrix. Draws are importance-resampled."
         )
     if math.isnan(k_hat):
         reason = "the log density is not finite at some draws; vi.check(target, key) looks at it"

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 
 from vi_params._cache import program
-from vi_params.approximation.judge import judge
+from vi_params.approximation.judge import BATCH, Judge, judge_of_guide, judge_of_proposal
+from vi_params.approximation.proposals import proposal_of
 from vi_params.diagnostics import Diagnosis
 from vi_params.diagnostics.diagnose import threshold
 from vi_params.guide import Guide
@@ -39,14 +40,16 @@ class Candidate(NamedTuple):
         name: how it was found.
         solution: the guide and its parameters.
         diagnosis: the worse of two judgements by independent draws: one can be lucky.
-        drawn: the draws of the first.
+        batches: these draws.
+        judge: makes further ones.
         enough: the share of effective draws above which it is good enough.
     """
 
     name: str
     solution: Solution
     diagnosis: Diagnosis
-    drawn: Weighted
+    batches: tuple[Weighted, ...]
+    judge: Judge
     enough: float = ENOUGH
 
     @property
@@ -75,18 +78,18 @@ class Candidate(NamedTuple):
         return is_reliable(self.diagnosis)
 
 
-def judged(
-    name: str,
-    target: Target,
-    solution: Solution,
-    keys: Iterator[jax.Array],
-    data: Any,
-    num_draws: int,
-) -> Candidate:
+def judged(name: str, solution: Solution, judge: Judge, keys: Iterator[jax.Array]) -> Candidate:
     """The candidate of a solution, by two batches of draws."""
-    weighted = judge(target, solution.guide, num_draws, data)
-    draws = [weighted(solution.params, next(keys), data) for _ in range(2)]
-    return Candidate(name, solution, worse(*(diagnosis for _, diagnosis in draws)), draws[0][0])
+    batches, diagnoses = zip(*(judge(next(keys)) for _ in range(2)), strict=True)
+    return Candidate(name, solution, worse(*diagnoses), batches, judge)
+
+
+def judge_of(target: Target, solution: Solution, data: Any, num_draws: int = BATCH) -> Judge:
+    """Judges the guide of a solution."""
+    proposal = proposal_of(solution)
+    if proposal is None:
+        return judge_of_guide(target, solution.guide, solution.params, data, num_draws)
+    return judge_of_proposal(target, proposal, solution.params, data, num_draws)
 
 
 def is_reliable(diagnosis: Diagnosis) -> bool:

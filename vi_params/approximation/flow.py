@@ -7,7 +7,7 @@ import jax
 import optax
 
 from vi_params._cache import program
-from vi_params.approximation.candidate import Candidate, judged
+from vi_params.approximation.candidate import Candidate, judge_of, judged
 from vi_params.approximation.polish import DRAWS
 from vi_params.estimators import sticking_the_landing
 from vi_params.fitting import fit
@@ -54,7 +54,7 @@ def flowed(target: Target, start: Candidate, keys: Iterator[jax.Array], data: An
         progress=False,
     )
     solution = start.solution._replace(guide=guide, params=found.params)
-    return judged(FLOW, target, solution, keys, data, DRAWS)
+    return judged(FLOW, solution, judge_of(target, solution, data, DRAWS), keys)
 
 
 def _build(target: Target) -> tuple[Guide, Objective, optax.GradientTransformation]:

@@ -1,9 +1,10 @@
 """What is thought of a guide: a batch of draws, their importance weights and the diagnosis.
 
-Draws and log densities are a program; their weights are smoothed on the host, where a sort takes no
-time to compile.
+Log densities are a program. What else there is happens on the host, where it takes no time to
+compile: a sort, and where a `Proposal` is known, draws and their density under the guide.
 """
 
+from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any, NamedTuple
 
@@ -12,50 +13,120 @@ import numpy as np
 
 from vi_params._cache import program
 from vi_params._compile import Quick
+from vi_params._over import over
+from vi_params._tree import pick
+from vi_params.approximation.proposals import Proposal
 from vi_params.diagnostics import Diagnosis
 from vi_params.diagnostics.diagnose import judged
 from vi_params.guide import Guide
-from vi_params.importance import Weighted, at_once, compared, psis, psis_on_host
-from vi_params.target import Target
+from vi_params.importance import Weighted, at_once, compared, psis_on_host
+from vi_params.params import constrain
+from vi_params.target import Target, flat
+
+BATCH = 4000
+"""By how many draws a Gaussian is judged, and at how many at once a log density is computed."""
 
 
 class Judge(NamedTuple):
-    """Judges a guide by batches of draws.
+    """Judges a guide at its parameters by batches of draws.
 
     Attributes:
-        guide: the guide.
-        draw: `(params, key, data) -> (latents, positions, log ratios)` of a batch.
+        num_draws: of a batch.
+        draw: `key -> (latents, positions, log ratios)` of a batch.
     """
 
-    guide: Guide
-    draw: Quick
+    num_draws: int
+    draw: Callable[[jax.Array], tuple[Any, Any, np.ndarray]]
 
-    def __call__(self, params: Any, key: jax.Array, data: Any) -> tuple[Weighted, Diagnosis]:
+    def __call__(self, key: jax.Array) -> tuple[Weighted, Diagnosis]:
         """A batch, and what its weights say."""
-        latents, position, log_ratios = self.draw(params, key, data)
-        log_ratios = np.asarray(log_ratios)
+        latents, position, log_ratios = self.draw(key)
+        # A density that is not a number is outside the support.
+        log_ratios = np.where(np.isnan(log_ratios), -np.inf, log_ratios)
         weighted = Weighted(latents, position, log_ratios, psis_on_host(log_ratios))
         with np.errstate(invalid="ignore", over="ignore"):  # the spread where some are -inf or huge
-            return weighted, judged(self.guide, weighted, np)
-
-    def ahead(self, pool: Executor, params: Any, key: jax.Array, data: Any) -> Weighted:
-        """Has the program compiled by a thread of `pool`; gives the shapes of weighted draws."""
-        latents, position, log_ratios = self.draw.ahead(pool, params, key, data)
-        smoothed = jax.eval_shape(psis, log_ratios)
-        return Weighted(latents, position, log_ratios, smoothed)
+            return weighted, judged(weighted, np)
 
 
-def judge(target: Target, guide: Guide, num_draws: int, data: Any) -> Judge:
-    """The judge of a guide by so many draws at once, compiled once."""
+def judge_of_guide(target: Target, guide: Guide, params: Any, data: Any, num_draws: int) -> Judge:
+    """Judges any guide, by a program of its own."""
     is_short = at_once(num_draws, target, data) == num_draws
-    return Judge(guide, program(_draw, target, guide, num_draws, is_short))
+    drawn = program(_drawn, target, guide, num_draws, is_short)
+    return Judge(num_draws, lambda key: jax.device_get(drawn(params, key, data)))
 
 
-def _draw(target: Target, guide: Guide, num_draws: int, is_short: bool) -> Quick:
-    def draw(params: Any, key: jax.Array, data: Any) -> tuple[Any, Any, jax.Array]:
+def judge_of_proposal(
+    target: Target, proposal: Proposal, params: Any, data: Any, num_draws: int
+) -> Judge:
+    """Judges what is drawn on the host: nothing is compiled but the density of the target.
+
+    Args:
+        target: what the draws are weighted towards.
+        proposal: what draws.
+        params: holds the target's own parameters.
+        data: the data.
+        num_draws: of a batch, at most `BATCH` or a multiple of that.
+    """
+    density, own = _density_of(target, data), pick(params, target.declared)
+    size = min(BATCH, num_draws)
+
+    def draw(key: jax.Array) -> tuple[Any, Any, np.ndarray]:
+        u = proposal.draw(generator(key), num_draws).astype(_dtype())
+        # Programs run while the host goes on.
+        parts = [density(own, u[begin : begin + size], data) for begin in range(0, num_draws, size)]
+        log_q = proposal.log_prob(u.astype(float))
+        latents, log_p = joined(jax.device_get(parts), num_draws)
+        return latents, u, log_p.astype(float) - log_q
+
+    return Judge(num_draws, draw)
+
+
+def compile_density(pool: Executor, target: Target, params: Any, data: Any) -> Any:
+    """Has the density compiled by a thread of `pool`; gives the shapes of the latents."""
+    u = jax.ShapeDtypeStruct((BATCH, flat(target).dim), _dtype())
+    return _density_of(target, data).ahead(pool, pick(params, target.declared), u, data)[0]
+
+
+def generator(key: jax.Array) -> np.random.Generator:
+    """Numpy's random numbers for a key."""
+    return np.random.default_rng(np.asarray(jax.random.key_data(key)))
+
+
+def joined(parts: list[Any], num_rows: int) -> Any:
+    """The first rows of several trees of arrays, one after the other."""
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:num_rows], *parts)
+
+
+def _dtype() -> Any:
+    return jax.dtypes.canonicalize_dtype(float)
+
+
+def _density_of(target: Target, data: Any) -> Quick:
+    return program(_density, target, at_once(BATCH, target, data) == BATCH)
+
+
+def _density(target: Target, is_short: bool) -> Quick:
+    def density(params: Any, u: jax.Array, data: Any) -> tuple[Any, jax.Array]:
+        """Constrained latents, and the log density over unconstrained ones."""
+        values = constrain(target.declared, params)
+
+        def one(u: jax.Array) -> tuple[Any, jax.Array]:
+            latents, log_abs_det = flat(target).constrain_with_log_det(u, values, data)
+            return latents, target.log_density(values, latents, data) + log_abs_det
+
+        return over(one, u, at_once(len(u), target, data))
+
+    return _quick(density, is_short)
+
+
+def _drawn(target: Target, guide: Guide, num_draws: int, is_short: bool) -> Quick:
+    def drawn(params: Any, key: jax.Array, data: Any) -> tuple[Any, Any, jax.Array]:
         noise = guide.noise(key, num_draws)
-        size = at_once(num_draws, target, data)
-        return compared(target, guide, params, noise, data, size, nan_is_outside=True)
+        return compared(target, guide, params, noise, data, at_once(num_draws, target, data))
 
-    # A program of many numbers runs long enough for XLA's optimisations to pay.
-    return Quick(draw) if is_short else Quick(draw, options={})
+    return _quick(drawn, is_short)
+
+
+def _quick(f: Callable[..., Any], is_short: bool) -> Quick:
+    """A program of many numbers runs long enough for XLA's optimisations to pay."""
+    return Quick(f) if is_short else Quick(f, options={})

@@ -2,29 +2,30 @@
 
 from collections.abc import Iterator
 from concurrent.futures import Executor
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 from vi_params._cache import program
 from vi_params._compile import Quick
+from vi_params._tree import pick
 from vi_params.approximation.candidate import Candidate, best_of, worse
-from vi_params.approximation.judge import Judge, judge
+from vi_params.approximation.judge import judge_of_proposal
+from vi_params.approximation.proposals import mixture, values_of
 from vi_params.approximation.result import resampled
 from vi_params.guide import Guide
-from vi_params.importance import Weighted
+from vi_params.guides.active_mixture import Across, Frame, Parts
+from vi_params.guides.mixture import Components
+from vi_params.params import constrain
 from vi_params.solvers.linear_response import compile_gradients, gradients
-from vi_params.solvers.mixture_families import slopes_at
-from vi_params.solvers.population_monte_carlo import GOOD_SHARE, Population, population
+from vi_params.solvers.mixture_families import Mixture, slopes_at
+from vi_params.solvers.population_monte_carlo import DF, GOOD_SHARE, Population, population
 from vi_params.solvers.solution import Slopes, own_name
 from vi_params.target import Target, flat
 
 COMPONENTS = 16
 """How many components the mixture has."""
-
-DF = 5
-"""Their degrees of freedom."""
 
 DRAWS = 16000
 """How many draws a round makes: few components of few draws leave out the neck of a funnel."""
@@ -53,24 +54,6 @@ POLISHED = "population Monte Carlo"
 """What the polished mixture is called."""
 
 
-class _Pieces(NamedTuple):
-    """What the rounds consist of.
-
-    Attributes:
-        guide: the mixture.
-        num_active: along how many directions its components are free; None for all.
-        begin: the program of the first mixture.
-        judge: of a mixture.
-        refit: the program of the next mixture.
-    """
-
-    guide: Guide
-    num_active: int | None
-    begin: Quick
-    judge: Judge
-    refit: Quick
-
-
 def can_polish(target: Target, start: Candidate) -> bool:
     """Whether a mixture is worth trying."""
     (name,) = start.solution.guide.declared
@@ -81,44 +64,56 @@ def can_polish(target: Target, start: Candidate) -> bool:
 def polish(
     pool: Executor, target: Target, start: Candidate, keys: Iterator[jax.Array], data: Any
 ) -> Candidate:
-    """The best mixture of some rounds of population Monte Carlo, judged by fresh draws; `pool` has
-    the threads that compile."""
-    pieces = _pieces(target, start.solution.guide, data)
-    key = next(keys)
-    slopes = None if pieces.num_active is None else _slopes(target, start, next(keys), data)
-    first = start.solution.params, key, start.drawn, slopes
-    _compile(pool, pieces, first, data)
+    """The best mixture of some rounds of population Monte Carlo, judged by fresh draws.
 
-    def judged(params: Any) -> Candidate:
-        drawn, diagnosis = pieces.judge(params, next(keys), data)
-        solution = start.solution._replace(guide=pieces.guide, params=params)
-        return Candidate(POLISHED, solution, diagnosis, drawn, GOOD_SHARE)
+    Args:
+        pool: whose threads compile.
+        target: what is approximated.
+        start: what it starts from.
+        keys: random keys.
+        data: the data.
+    """
+    begun = start.solution
+    rounds = _rounds(target, begun.guide)
+    _compile_params(pool, rounds, target, begun.noise.dtype)
+    params_of = program(_params, rounds)
 
-    tried: list[Candidate] = []
-    params, made = pieces.begin(*first), 0
+    def judged(now: Mixture) -> Candidate:
+        params = {**begun.params, **params_of(now)}
+        judge = judge_of_proposal(target, mixture(now, DF), params, data, DRAWS)
+        drawn, diagnosis = judge(next(keys))
+        solution = begun._replace(guide=rounds.guide, params=params)
+        return Candidate(POLISHED, solution, diagnosis, (drawn,), judge, GOOD_SHARE)
+
+    drawn = start.batches[0]
+    position = np.asarray(drawn.position)[resampled(next(keys), drawn.smoothed.log_weights)]
+    slopes = None
+    if _num_active(target) is not None:
+        slopes = _slopes(target, start, position, data)
+    first = position[:COMPONENTS].astype(float)
+    begin = rounds.begin(values_of(begun), first, drawn, slopes, np)
+    mixtures = [rounds.refit(begin, drawn, np)]
+    tried, made = [judged(mixtures[0])], 1
     while True:
-        tried.append(judged(params))
-        made += 1
         if tried[-1].is_good or is_stale([one.share for one in tried]) or made == ROUNDS:
             best = best_of(tried)
-            again = judged(best.solution.params)
-            found = best._replace(diagnosis=worse(best.diagnosis, again.diagnosis))
+            kept = mixtures[[one is best for one in tried].index(True)]
+            again = judged(kept)
+            found = best._replace(
+                diagnosis=worse(best.diagnosis, again.diagnosis),
+                batches=best.batches + again.batches,
+            )
             if found.is_trustworthy or not best.is_trustworthy or made == ROUNDS:
                 return found
             # The best of many rounds was lucky; these draws show what it left out.
-            tried = [again]
-        params = pieces.refit(tried[-1].solution.params, tried[-1].drawn)
+            mixtures, tried = [kept], [again]
+        mixtures.append(rounds.refit(mixtures[-1], tried[-1].batches[0], np))
+        tried.append(judged(mixtures[-1]))
+        made += 1
 
 
 def compile_polish(
-    pool: Executor,
-    target: Target,
-    start: Guide,
-    params: Any,
-    key: jax.Array,
-    drawn: Weighted,
-    fixed_draws: jax.Array,
-    data: Any,
+    pool: Executor, target: Target, start: Guide, params: Any, fixed_draws: Any, data: Any
 ) -> None:
     """Has compiled what `polish` needs from a Gaussian on, where it does not take gradients of its
     own.
@@ -127,36 +122,25 @@ def compile_polish(
         pool: whose threads compile.
         target: what is approximated.
         start: the guide it starts from.
-        params: its parameters; these and the others, or their shapes and dtypes.
-        key: a typed random key.
-        drawn: weighted draws of it.
+        params: its parameters, or their shapes and dtypes.
         fixed_draws: those of the solution it comes from, shape (num_draws, dim).
         data: the data.
     """
-    if flat(target).dim > REUSED:
+    dim = flat(target).dim
+    if dim > REUSED:
         return
-    pieces = _pieces(target, start, data)
-    slopes = None
-    if pieces.num_active is not None:
-        name = own_name(start, "approximate")
-        slope = compile_gradients(pool, target, name, params, fixed_draws, data)
-        slopes = Slopes(fixed_draws, slope, jax.eval_shape(lambda u: u[:, 0], fixed_draws))
-    _compile(pool, pieces, (params, key, drawn, slopes), data)
+    if _num_active(target) is not None:
+        compile_gradients(pool, target, own_name(start, "approximate"), params, fixed_draws, data)
+    _compile_params(pool, _rounds(target, start), target, fixed_draws.dtype)
 
 
-def _pieces(target: Target, start: Guide, data: Any) -> _Pieces:
-    num_active = None if flat(target).dim <= FREE else ACTIVE
-    rounds = population(target, start, COMPONENTS, DF, DRAWS, num_active)
-    begin, refit = program(_compiled, rounds)
-    return _Pieces(rounds.guide, num_active, begin, judge(target, rounds.guide, DRAWS, data), refit)
+def _rounds(target: Target, start: Guide) -> Population:
+    return population(target, start, COMPONENTS, DF, _num_active(target))
 
 
-def _compile(pool: Executor, pieces: _Pieces, start: tuple, data: Any) -> None:
-    """Has the programs compiled in the order of their calls; `start` holds the arguments of
-    begin."""
-    params = pieces.begin.ahead(pool, *start)
-    drawn = pieces.judge.ahead(pool, params, start[1], data)
-    pieces.refit.ahead(pool, params, drawn)
+def _num_active(target: Target) -> int | None:
+    """Along how many directions the components are free; None for all."""
+    return None if flat(target).dim <= FREE else ACTIVE
 
 
 def is_stale(shares: list[float]) -> bool:
@@ -165,20 +149,39 @@ def is_stale(shares: list[float]) -> bool:
     return bool(before) and max(shares) < GAIN * max(before)
 
 
-def _slopes(target: Target, start: Candidate, key: jax.Array, data: Any) -> Slopes:
+def _slopes(target: Target, start: Candidate, position: np.ndarray, data: Any) -> Slopes:
     """The gradients at draws of the posterior, as far as the start's weights give them."""
     if flat(target).dim > REUSED:
-        return program(_gradients, target)(start.solution.params, start.drawn, data)
+        drawn, own = start.batches[0], pick(start.solution.params, target.declared)
+        weights = drawn.smoothed.log_weights
+        return jax.device_get(program(_gradients, target)(own, drawn.position, weights, data))
     number = len(start.solution.noise)
-    chosen = resampled(key, start.drawn.smoothed.log_weights)[:number]
-    position = np.asarray(start.drawn.position)[chosen]
-    gradient = gradients(target, start.solution, position, data)
-    return Slopes(position, gradient, np.full(number, 1 / number, position.dtype))
+    position = position[:number]
+    gradient = np.asarray(gradients(target, start.solution, position, data))
+    return Slopes(position, gradient, np.full(number, 1 / number))
 
 
 def _gradients(target: Target) -> Quick:
-    return Quick(lambda params, drawn, data: slopes_at(target, params, drawn, data))
+    @Quick
+    def compiled(params: Any, position: jax.Array, log_weights: jax.Array, data: Any) -> Slopes:
+        return slopes_at(target, constrain(target.declared, params), position, log_weights, data)
+
+    return compiled
 
 
-def _compiled(rounds: Population) -> tuple[Quick, Quick]:
-    return Quick(rounds.begin), Quick(rounds.refit)
+def _params(rounds: Population) -> Quick:
+    return Quick(rounds.params)
+
+
+def _compile_params(pool: Executor, rounds: Population, target: Target, dtype: Any) -> None:
+    """Has the program compiled that gives a mixture's parameters."""
+    dim, number = flat(target).dim, COMPONENTS + 1  # and the guard
+    along = _num_active(target) or dim
+
+    def array(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    components = Components(array(number), array(number, along), array(number, along, along))
+    across = Across(array(number, dim - along), array(number, dim - along))
+    frame = None if along == dim else Frame(array(dim), array(dim, dim), array(dim, dim))
+    program(_params, rounds).ahead(pool, Mixture(Parts(components, across), frame))

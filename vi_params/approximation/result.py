@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vi_params._arrays import one_thread
 from vi_params._cache import program
 from vi_params._check import require_count, require_key
 from vi_params._compile import Quick
 from vi_params._over import over
 from vi_params._table import Table
 from vi_params._tree import pick
-from vi_params.approximation.judge import judge
+from vi_params.approximation.judge import Judge, generator, joined
 from vi_params.diagnostics import Diagnosis
 from vi_params.guide import Guide
 from vi_params.params import constrain
@@ -66,6 +67,7 @@ class Approximation:
             hierarchy in partially centred coordinates (`vi.recentred`): the target that belongs to
             `guide` and `params` in calls of `vi.diagnose`, `vi.draws` and others.
         data: the data it was approximated for.
+        judge: `key -> (weighted draws, diagnosis)`, a batch of the guide's draws.
     """
 
     guide: Guide
@@ -78,6 +80,7 @@ class Approximation:
     target: Target
     coordinates: Target
     data: Any
+    judge: Judge
 
     def draws(self, key: jax.Array, num_draws: int) -> dict[str, jax.Array]:
         """Draws of the posterior: the guide's, importance-resampled where `resampled` says so.
@@ -106,7 +109,7 @@ class Approximation:
             parts.append(jax.device_get(compute(own, block, self.data)))
             if not parts[0]:
                 break
-        return jax.device_put({**latents, **_joined(parts, num_draws)})
+        return jax.device_put({**latents, **joined(parts, num_draws)})
 
     def nuts_start(self, key: jax.Array, num_chains: int = 4) -> NutsStart:
         """Starting points and an inverse mass matrix for NUTS.
@@ -148,25 +151,26 @@ class Approximation:
 
     def _choose(self, key: jax.Array, num_draws: int) -> tuple[dict[str, np.ndarray], jax.Array]:
         """Latents, on the host, and unconstrained vectors of `num_draws` draws."""
-        size = int(self.diagnosis.num_draws)
+        size = self.judge.num_draws
         # So many batches that a draw is seldom taken twice; nearly none is where nearly all count.
         ess = float(self.diagnosis.ess) if self.resampled else size
         fresh = max(1.0, 0.5 * ess) if ess < NEARLY_ALL * size else size
         batches = min(MOST_BATCHES, math.ceil(num_draws / fresh))
         batches = max(batches, math.ceil(num_draws / size))
         each = math.ceil(num_draws / batches)
-        draw = judge(self.coordinates, self.guide, size, self.data)
         parts = []
         for i in range(batches):
             propose, choose = (jax.random.fold_in(key, 2 * i + j) for j in range(2))
-            weighted = draw(self.params, propose, self.data)[0]
-            index = np.arange(size)
+            with one_thread():
+                weighted, _ = self.judge(propose)
             if self.resampled:
                 index = resampled(choose, weighted.smoothed.log_weights)
+            else:  # a batch is in any order
+                index = generator(choose).permutation(size)
             # In numpy: every number of draws would compile a program of its own.
-            found = jax.device_get((weighted.latents, weighted.position))
+            found = weighted.latents, weighted.position
             parts.append(jax.tree.map(lambda leaf, i=index[:each]: leaf[i], found))
-        latents, position = _joined(parts, num_draws)
+        latents, position = joined(parts, num_draws)
         return latents, jax.device_put(position)
 
     def __str__(self) -> str:
@@ -178,15 +182,10 @@ class Approximation:
 def resampled(key: jax.Array, log_weights: jax.Array) -> np.ndarray:
     """Systematic resampling as by `pick_draws`, in random order so that each part is a sample, too:
     in numpy, since a sort takes longer to compile than all of this to run."""
-    random = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    random = generator(key)
     edges = np.cumsum(np.exp(np.asarray(log_weights, float)))
     levels = (np.arange(len(edges)) + random.uniform()) / len(edges) * edges[-1]
     return random.permutation(np.minimum(np.searchsorted(edges, levels), len(edges) - 1))
-
-
-def _joined(parts: list[Any], num_rows: int) -> Any:
-    """The first rows of several trees of arrays, one after the other."""
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:num_rows], *parts)
 
 
 def _positions(target: Target) -> Quick:

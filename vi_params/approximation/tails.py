@@ -1,9 +1,10 @@
-"""How heavy the tails of single latents are: whether weighted draws show their spread.
+"""Whether weighted draws show the spread of single latents.
 
 In numpy, on the host: a program would compile for longer than all of this runs.
 """
 
-import jax
+from typing import NamedTuple
+
 import numpy as np
 
 from vi_params.importance import Weighted
@@ -15,39 +16,73 @@ BLOCK = 2**22
 SUSPECTS = 32
 """For how many numbers the tail is fitted: those whose variance owes most to one draw."""
 
+HEAVY = 0.75
+"""The k-hat of a second moment above which its standard error cannot be relied on: it takes more
+than 10,000 draws to estimate what has such a tail (Vehtari et al., section 3.2.4)."""
 
-def heaviest(weighted: Weighted) -> tuple[str, float]:
-    """The number of the latents with the heaviest second moment, and its Pareto k-hat.
+UNSURE = 0.03
+"""How large that standard error may then be, of the logarithm of a standard deviation; the true
+error is some times as large."""
 
-    It is that of w (x - mean)^2. What k-hat of the weights w says of estimates of bounded
-    functions, this says of the variance of x: from 1 on there is no finite expectation to be
-    estimated. Vehtari, Simpson, Gelman, Yao and Gabry (2024), Pareto smoothed importance sampling,
-    JMLR 25(72), section 3.
+
+class Spread(NamedTuple):
+    """How well weighted draws show the standard deviation of one number.
+
+    Attributes:
+        name: as in "name[i, j]".
+        k_hat: the Pareto k-hat of its second moment; 0 where the tail has no spread.
+        error: the standard error of the logarithm of its standard deviation.
+    """
+
+    name: str
+    k_hat: float
+    error: float
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether it can be relied on."""
+        return self.k_hat <= HEAVY or self.error <= UNSURE
+
+
+def worst_spread(*batches: Weighted) -> Spread:
+    """The number of the latents whose standard deviation weighted draws show least.
+
+    What k-hat of the weights w says of estimates of bounded functions, that of w (x - mean)^2 says
+    of the variance of x: from 1 on there is no finite expectation to be estimated, and well below
+    most draws know nothing of the few on which the variance depends. Vehtari, Simpson, Gelman, Yao
+    and Gabry (2024), Pareto smoothed importance sampling, JMLR 25(72), sections 3.1 and 3.2.
 
     Args:
-        weighted: draws of a guide, at least 25.
-
-    Returns:
-        `("name[i, j]", k_hat)`; 0 where a tail has no spread.
+        *batches: draws of a guide, at least 25 each. One can be lucky: the worst counts.
     """
-    latents, log_weights = jax.device_get((weighted.latents, weighted.smoothed.log_weights))
-    weights = np.exp(log_weights.astype(float))
+    found = [spread for weighted in batches for spread in _suspects(weighted)]
+    return max(found, key=lambda one: (not one.is_shown, one.k_hat))
+
+
+def _suspects(weighted: Weighted) -> list[Spread]:
+    """The spreads that owe most to a single draw."""
+    weights = np.exp(np.asarray(weighted.smoothed.log_weights, float))
     counts = weights > 0
     weights = weights[counts, None]
     at_once = max(1, BLOCK // len(weights))
     suspects: list[tuple[float, str, np.ndarray]] = []
-    for name, values in latents.items():
+    for name, values in weighted.latents.items():
+        values = np.asarray(values)
         columns = values.reshape(len(values), -1)
         for begin in range(0, columns.shape[1], at_once):
-            x = columns[counts, begin : begin + at_once]
+            x = columns[counts, begin : begin + at_once].astype(float)
             terms = weights * (x - np.sum(weights * x, axis=0)) ** 2
-            shares = terms.max(0) / np.maximum(terms.sum(0), np.finfo(float).tiny)
-            for i in np.argsort(-shares)[:SUSPECTS]:
+            terms = terms / np.maximum(terms.sum(0), np.finfo(float).tiny)
+            largest = terms.max(0)
+            for i in np.argsort(-largest)[:SUSPECTS]:
                 place = np.unravel_index(begin + i, values.shape[1:])
                 label = f"{name}[{', '.join(map(str, place))}]" if place else name
-                suspects.append((shares[i], label, terms[:, i].copy()))
+                suspects.append((largest[i], label, terms[:, i].copy()))
             suspects = sorted(suspects, key=lambda one: -one[0])[:SUSPECTS]
-    return max(((label, _k_hat(terms)) for _, label, terms in suspects), key=lambda one: one[1])
+    return [
+        Spread(label, _k_hat(terms), float(0.5 * np.sqrt(np.sum((terms - weights[:, 0]) ** 2))))
+        for _, label, terms in suspects
+    ]
 
 
 def _k_hat(terms: np.ndarray) -> float:

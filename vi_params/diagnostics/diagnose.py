@@ -117,16 +117,17 @@ def _diagnose(target: Target, guide: Guide, num_draws: int, batch_size: int | No
     @precise
     def compiled(params: Any, key: jax.Array, data: Any) -> Diagnosis:
         noise = guide.noise(key, num_draws)
-        return judged(guide, weigh(target, guide, params, noise, data, batch_size))
+        weighted = weigh(target, guide, params, noise, data, batch_size)
+        return judged(weighted, is_point=guide.is_point)
 
     return compiled
 
 
-def judged(guide: Guide, draws: Weighted, xp: Any = jnp) -> Diagnosis:
+def judged(draws: Weighted, xp: Any = jnp, *, is_point: bool = False) -> Diagnosis:
     """The diagnosis that weighted draws give, with jax.numpy or, on the host, numpy."""
     num_draws = len(draws.log_ratios)
     smoothed = draws.smoothed
-    unknown = xp.nan if guide.is_point else 0.0
+    unknown = xp.nan if is_point else 0.0
     k_hat = smoothed.k_hat + unknown
     return Diagnosis(
         elbo=xp.mean(draws.log_ratios),

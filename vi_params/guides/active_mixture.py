@@ -18,10 +18,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.linalg import solve_triangular
-from jax.scipy.special import logsumexp
 from numpyro.distributions import constraints
 
+from vi_params._arrays import inverse_lower, logsumexp, solve_lower
 from vi_params._check import explain, require_count
 from vi_params.guide import Draw, Guide, pick_own, sampler
 from vi_params.guides.location_scale import positive
@@ -40,8 +39,8 @@ class Across(NamedTuple):
         scales: s_k, shape (K, dim - num_active).
     """
 
-    locs: jax.Array
-    scales: jax.Array
+    locs: Any
+    scales: Any
 
 
 class Frame(NamedTuple):
@@ -53,24 +52,24 @@ class Frame(NamedTuple):
         rotation: Q, shape (dim, dim), orthogonal.
     """
 
-    loc: jax.Array
-    scale_tril: jax.Array
-    rotation: jax.Array
+    loc: Any
+    scale_tril: Any
+    rotation: Any
 
-    def unconstrained(self, y: jax.Array) -> jax.Array:
-        """U at coordinates y, shape (dim,)."""
-        return self.loc + self.scale_tril @ (self.rotation @ y)
+    def unconstrained(self, y: Any) -> Any:
+        """U at coordinates y, shape (dim,), or at rows of them, shape (n, dim)."""
+        return self.loc + y @ (self.scale_tril @ self.rotation).T
 
-    def coordinates(self, u: jax.Array) -> jax.Array:
+    def coordinates(self, u: Any, xp: Any = jnp) -> Any:
         """Coordinates of u, shape (dim,), or of rows of them, shape (n, dim)."""
-        centred = jnp.atleast_2d(u - self.loc).T
-        y = self.rotation.T @ solve_triangular(self.scale_tril, centred, lower=True)
-        return y.T.reshape(u.shape)
+        if xp is jnp:
+            y = self.rotation.T @ solve_lower(self.scale_tril, jnp.atleast_2d(u - self.loc).T)
+            return y.T.reshape(u.shape)
+        return (u - self.loc) @ (self.rotation.T @ inverse_lower(self.scale_tril, xp)).T
 
-    @property
-    def log_det(self) -> jax.Array:
+    def log_det(self, xp: Any = jnp) -> Any:
         """Log |det du/dy|."""
-        return jnp.sum(jnp.log(jnp.diagonal(self.scale_tril)))
+        return xp.sum(xp.log(xp.diagonal(self.scale_tril)))
 
 
 class Parts(NamedTuple):
@@ -186,13 +185,13 @@ def active_mixture(
         y = jax.lax.stop_gradient(jnp.concatenate([along, across]))
         u = jax.lax.stop_gradient(frame.unconstrained(y))
         latents, log_abs_det = jacobian(params, u, data)
-        log_q = logsumexp(part_terms(parts, y, df)[0]) - frame.log_det
+        log_q = logsumexp(part_terms(parts, y, df)[0]) - frame.log_det()
         return Draw(latents, log_q - log_abs_det, u)
 
     def rescore(params: Any, draw: Draw, data: Any = None) -> jax.Array:
         parts, frame = read(params)
         u = draw.position
-        log_q = logsumexp(part_terms(parts, frame.coordinates(u), df)[0]) - frame.log_det
+        log_q = logsumexp(part_terms(parts, frame.coordinates(u), df)[0]) - frame.log_det()
         return log_q - jacobian(params, u, data)[1]
 
     def log_prob(params: Any, latents: Any, data: Any = None) -> jax.Array:
@@ -215,24 +214,27 @@ def parts_of(values: Any) -> Parts:
     return Parts(Components(**values["along"]), Across(**values["across"]))
 
 
-def part_terms(parts: Parts, y: jax.Array, df: int | None) -> tuple[jax.Array, jax.Array]:
-    """The components' shares log [w_k q_k(y)], and squared distances along the directions."""
+def part_terms(parts: Parts, y: Any, df: int | None, xp: Any = jnp) -> tuple[Any, Any]:
+    """The components' shares log [w_k q_k(y)], and squared distances along the directions, shapes
+    (K,), or (K, n) of n rows y."""
     num_active = parts.along.locs.shape[1]
-    terms, squared = log_terms(parts.along, y[:num_active], df)
-    return terms + log_normals(parts.across, y[num_active:]), squared
+    terms, squared = log_terms(parts.along, y[..., :num_active], df, xp)
+    return terms + log_normals(parts.across, y[..., num_active:], xp), squared
 
 
-def exact(a: jax.Array, b: jax.Array) -> jax.Array:
+def exact(a: Any, b: Any, xp: Any = jnp) -> Any:
     """The product of matrices, in full precision on accelerators too: sums of squares cancel."""
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST) if xp is jnp else a @ b
 
 
-def log_normals(across: Across, b: jax.Array) -> jax.Array:
-    """The components' log N(b; n_k, diag(s_k)^2), shape (K,), the squares multiplied out: of many b
-    these are products of matrices, far faster than as many differences."""
+def log_normals(across: Across, b: Any, xp: Any = jnp) -> Any:
+    """The components' log N(b; n_k, diag(s_k)^2), shape (K,), or (K, n) of n rows b, the squares
+    multiplied out: of many b these are products of matrices, far faster than as many
+    differences."""
     locs, scales = across
     precisions = scales**-2
-    at_centre = jnp.sum(precisions * locs**2, axis=1)
-    squared = exact(precisions, b**2) - 2 * exact(precisions * locs, b) + at_centre
-    log_det = jnp.sum(jnp.log(scales), axis=1)
-    return -0.5 * (squared + b.size * math.log(2 * math.pi)) - log_det
+    at_centre = xp.sum(precisions * locs**2, axis=1)
+    log_det = xp.sum(xp.log(scales), axis=1)
+    squared = exact(precisions, (b**2).T, xp) - 2 * exact(precisions * locs, b.T, xp)
+    constants = 0.5 * (at_centre + b.shape[-1] * math.log(2 * math.pi)) + log_det
+    return (-0.5 * squared.T - constants).T

@@ -25,12 +25,15 @@ from vi_params.noise import Noise, iid
 from vi_params.params import Param
 from vi_params.target import Target, flat
 
+WEIGHTS, SCALES = (0.8, 0.15, 0.05), (1.0, 1.5, 3.0)
+"""How likely each stretch is by default, and by how much it stretches."""
+
 
 def contaminated_normal(
     target: Target,
     *,
-    weights: tuple[float, ...] = (0.8, 0.15, 0.05),
-    scales: tuple[float, ...] = (1.0, 1.5, 3.0),
+    weights: tuple[float, ...] = WEIGHTS,
+    scales: tuple[float, ...] = SCALES,
     init: Any = None,
     init_scale: float = 0.1,
     name: str = "guide",

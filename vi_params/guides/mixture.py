@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.special import gammaln, logsumexp
 from numpyro.distributions import constraints
 
+from vi_params._arrays import in_turn, inverse_lower, logsumexp
 from vi_params._check import require_count
 from vi_params.guide import Draw, Guide, pick_own, sampler
 from vi_params.guides.location_scale import positive
@@ -24,7 +24,7 @@ from vi_params.target import Target, flat
 
 
 class Components(NamedTuple):
-    """The parts of a mixture.
+    """The parts of a mixture, arrays of JAX or on the host.
 
     Attributes:
         weights: shape (K,), on the simplex.
@@ -32,9 +32,9 @@ class Components(NamedTuple):
         scale_trils: shape (K, dim, dim), lower triangular.
     """
 
-    weights: jax.Array
-    locs: jax.Array
-    scale_trils: jax.Array
+    weights: Any
+    locs: Any
+    scale_trils: Any
 
 
 def mixture(
@@ -158,35 +158,40 @@ def component_of(components: Components, noise: Any) -> jax.Array:
     return jnp.sum(noise["component"] * edges[-1] >= edges[:-1])
 
 
-def log_prob_of(components: Components, u: jax.Array, df: int | None) -> jax.Array:
+def log_prob_of(components: Components, u: Any, df: int | None, xp: Any = jnp) -> Any:
     """log q(u)."""
-    return logsumexp(log_terms(components, u, df)[0])
+    return logsumexp(log_terms(components, u, df, xp)[0], xp=xp)
 
 
-def log_terms(components: Components, u: jax.Array, df: int | None) -> tuple[jax.Array, jax.Array]:
-    """The components' shares log [w_k q_k(u)] and squared distances |C_k^-1 (u - loc_k)|^2."""
+def log_terms(components: Components, u: Any, df: int | None, xp: Any = jnp) -> tuple[Any, Any]:
+    """The components' shares log [w_k q_k(u)] and squared distances |C_k^-1 (u - loc_k)|^2, shapes
+    (K,), or (K, n) of n rows u."""
     dim = u.shape[-1]
 
-    def inverse(scale_tril: jax.Array) -> jax.Array:
-        identity = jnp.eye(dim, dtype=scale_tril.dtype)
-        return jax.scipy.linalg.solve_triangular(scale_tril, identity, lower=True)
-
-    def one(loc: jax.Array, scale_tril: jax.Array, inverse: jax.Array) -> tuple:
-        squared = jnp.sum(((u - loc) @ inverse.T) ** 2)
-        log_det = jnp.sum(jnp.log(jnp.diagonal(scale_tril)))
-        if df is None:
-            return -0.5 * (squared + dim * math.log(2 * math.pi)) - log_det, squared
-        constant = (
-            gammaln(0.5 * (df + dim)) - gammaln(0.5 * df) - 0.5 * dim * math.log(df * math.pi)
-        )
-        return constant - 0.5 * (df + dim) * jnp.log1p(squared / df) - log_det, squared
+    def one(part: tuple) -> tuple[Any, Any]:
+        loc, scale_tril, inverse = part
+        squared = xp.sum(((u - loc) @ inverse.T) ** 2, axis=-1)
+        log_det = xp.sum(xp.log(xp.diagonal(scale_tril)))
+        return log_elliptical(squared, dim, df, xp) - log_det, squared
 
     # The inverse once a component: over many u a product is far cheaper than as many solves. One
     # component after the other, so that the draws themselves may be side by side (`over`).
-    inverses = jax.lax.map(inverse, components.scale_trils)
-    log_q, squared = jax.vmap(one)(components.locs, components.scale_trils, inverses)
-    positive = components.weights > 0
-    log_weights = jnp.where(
-        positive, jnp.log(jnp.where(positive, components.weights, 1.0)), -jnp.inf
-    )
-    return log_weights + log_q, squared
+    inverses = in_turn(lambda root: inverse_lower(root, xp), components.scale_trils, xp)
+    parts = components.locs, components.scale_trils, inverses
+    log_q, squared = jax.vmap(one)(parts) if xp is jnp else in_turn(one, parts, xp)
+    return (log_weights(components.weights, xp) + log_q.T).T, squared
+
+
+def log_elliptical(squared: Any, dim: int, df: int | None, xp: Any = jnp) -> Any:
+    """The log density of a standard normal or Student-t vector of squared length `squared`."""
+    if df is None:
+        return -0.5 * (squared + dim * math.log(2 * math.pi))
+    constant = math.lgamma(0.5 * (df + dim)) - math.lgamma(0.5 * df)
+    constant -= 0.5 * dim * math.log(df * math.pi)
+    return constant - 0.5 * (df + dim) * xp.log1p(squared / df)
+
+
+def log_weights(weights: Any, xp: Any = jnp) -> Any:
+    """Their logarithms; -inf where one is zero."""
+    positive = weights > 0
+    return xp.where(positive, xp.log(xp.where(positive, weights, 1.0)), -xp.inf)

@@ -11,17 +11,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vi_params._arrays import all_finite, where
 from vi_params._over import over
-from vi_params._tree import all_finite, where_tree
 from vi_params.guide import Guide
 from vi_params.guides import active_mixture, mixture
-from vi_params.guides.active_mixture import Across, Frame, Parts, parts_of
+from vi_params.guides.active_mixture import Across, Frame, Parts
 from vi_params.guides.location_scale import require_gaussian
 from vi_params.guides.mixture import Components, log_terms
-from vi_params.importance import Smoothed, Weighted, at_once, pick_draws
-from vi_params.params import constrain, unconstrain
-from vi_params.solvers.solution import Slopes
-from vi_params.solvers.weighted_em import PRIOR
+from vi_params.importance import Smoothed, at_once
+from vi_params.params import unconstrain
+from vi_params.solvers.solution import Slopes, own_name
+from vi_params.solvers.weighted_em import PRIOR, moments
 from vi_params.target import Target, flat
 
 SPREAD = 0.8
@@ -35,154 +35,144 @@ GRADIENTS, SIDE_BY_SIDE = 1000, 100
 """From how many gradients the active directions are found, and how many are computed at once."""
 
 
+class Mixture(NamedTuple):
+    """A mixture as the rounds see it.
+
+    Attributes:
+        parts: its components.
+        frame: the coordinates they are in; None where these are the unconstrained ones.
+    """
+
+    parts: Parts
+    frame: Frame | None
+
+    def coordinates(self, u: Any, xp: Any = jnp) -> Any:
+        """Those of rows u, shape (n, dim)."""
+        return u if self.frame is None else self.frame.coordinates(u, xp)
+
+
 class Family(NamedTuple):
     """What the rounds ask of a family of mixtures.
 
     Attributes:
         guide: the mixture, its guard included.
-        coordinates: `(params, u) -> y`, the coordinates of its components.
-        parts: `params -> Parts`, in these coordinates.
-        wrap: `(params, Parts) -> params`.
-        begin: `(params of the start, key, its weighted draws, slopes) -> (params, Parts)`:
-            components at resampled draws, no guard yet. `Slopes` are what directions come from.
+        begin: `(constrained parameters of the start, draws, slopes, xp) -> Mixture` of a component
+            about each of these draws, no guard yet. `Slopes` are what directions come from.
+        params: `Mixture -> params`, the guide's own.
     """
 
     guide: Guide
-    coordinates: Callable[[Any, jax.Array], jax.Array]
-    parts: Callable[[Any], Parts]
-    wrap: Callable[[Any, Parts], Any]
-    begin: Callable[..., tuple[Any, Parts]]
+    begin: Callable[..., Mixture]
+    params: Callable[[Mixture], Any]
 
 
-def everywhere(target: Target, start: Guide, num_components: int, df: int) -> Family:
-    """Mixtures free in all unconstrained coordinates."""
-    (name,) = start.declared
-    guide = mixture(target, num_components + 1, df=df, name=name)
-    declared = guide.declared
+def family(
+    target: Target, start: Guide, num_components: int, df: int, num_active: int | None, where: str
+) -> Family:
+    """Mixtures free in all unconstrained coordinates, or along a few directions."""
+    name = own_name(start, where)
+    if num_active is None:
+        guide = mixture(target, num_components + 1, df=df, name=name)
+    else:
+        guide = active_mixture(target, num_components + 1, num_active, df=df, name=name)
 
-    def parts(params: Any) -> Parts:
-        along = Components(**constrain(declared, {name: params[name]})[name])
-        return Parts(along, _nothing_across(len(along.weights)))
+    def begin(own: Any, chosen: Any, slopes: Slopes | None, xp: Any = jnp) -> Mixture:
+        if num_active is None:
+            return everywhere(own, chosen, df, where, xp)
+        return along_few(own, chosen, slopes, num_active, where, xp)
 
-    def wrap(params: Any, parts: Parts) -> Any:
-        return {**params, **unconstrain(declared, {name: parts.along._asdict()})}
+    def params(found: Mixture) -> Any:
+        along, across = (part._asdict() for part in found.parts)
+        own = along
+        if found.frame is not None:
+            own = {"along": along, "across": across, "frame": found.frame._asdict()}
+        return unconstrain(guide.declared, {name: own})
 
-    def begin(params: Any, key: jax.Array, drawn: Weighted, slopes: Any) -> tuple[Any, Parts]:
-        own = constrain(start.declared, {name: params[name]})[name]
-        chosen = drawn.position[pick_draws(key, drawn.smoothed.log_weights, num_components)]
-        if set(own) == set(Components._fields):  # each has the scale of the part it came from
-            before = Components(**own)
-            shares = jax.vmap(lambda u: log_terms(before, u, df)[0])(chosen)
-            scale_trils = before.scale_trils[jnp.argmax(shares, axis=1)]
-        else:
-            scale_tril = require_gaussian(own, "population_monte_carlo, init")[1]
-            scale_trils = jnp.tile(scale_tril, (num_components, 1, 1))
-        along = Components(_equal(num_components), chosen, SPREAD * scale_trils)
-        return params, Parts(along, _nothing_across(num_components))
+    return Family(guide, begin, params)
 
-    return Family(guide, lambda params, u: u, parts, wrap, begin)
+
+def everywhere(own: Any, chosen: Any, df: int, where: str, xp: Any) -> Mixture:
+    """Components about some draws of a Gaussian, or of a mixture, of its scales."""
+    if set(own) == set(Components._fields):  # each has the scale of the part it came from
+        before = Components(**own)
+        scale_trils = before.scale_trils[xp.argmax(log_terms(before, chosen, df, xp)[0], axis=0)]
+    else:
+        scale_tril = require_gaussian(own, where)[1]
+        scale_trils = xp.tile(scale_tril, (len(chosen), 1, 1))
+    nothing = xp.zeros((len(chosen), 0), chosen.dtype)
+    along = Components(_equal(chosen, xp), chosen, SPREAD * scale_trils)
+    return Mixture(Parts(along, Across(nothing, nothing)), None)
 
 
 def along_few(
-    target: Target, start: Guide, num_components: int, df: int, num_active: int
-) -> Family:
-    """Mixtures free along the directions in which a target differs most from a Gaussian."""
-    (name,) = start.declared
-    guide = active_mixture(target, num_components + 1, num_active, df=df, name=name)
-    declared = guide.declared
-
-    def values(params: Any) -> Any:
-        return constrain(declared, {name: params[name]})[name]
-
-    def coordinates(params: Any, u: jax.Array) -> jax.Array:
-        return Frame(**values(params)["frame"]).coordinates(u)
-
-    def wrap(params: Any, parts: Parts) -> Any:
-        own = {"along": parts.along._asdict(), "across": parts.across._asdict()}
-        free = unconstrain(declared, {name: {**own, "frame": values(params)["frame"]}})
-        return {**params, **free}
-
-    def begin(params: Any, key: jax.Array, drawn: Weighted, slopes: Any) -> tuple[Any, Parts]:
-        own = constrain(start.declared, {name: params[name]})[name]
-        loc, scale_tril = require_gaussian(own, "population_monte_carlo, init, with num_active")
-        rotation = active_directions(loc, scale_tril, slopes, num_active)
-        frame = Frame(loc, scale_tril, rotation)
-        chosen = drawn.position[pick_draws(key, drawn.smoothed.log_weights, num_components)]
-        locs = frame.coordinates(chosen)[:, :num_active]
-        scale_trils = SPREAD * jnp.tile(jnp.eye(num_active), (num_components, 1, 1))
-        rest = num_components, loc.size - num_active
-        parts = Parts(
-            Components(_equal(num_components), locs, scale_trils),
-            Across(jnp.zeros(rest), jnp.ones(rest)),
-        )
-        blank = {"along": parts.along._asdict(), "across": parts.across._asdict()}
-        free = unconstrain(declared, {name: {**blank, "frame": frame._asdict()}})
-        return {**params, **free}, parts
-
-    return Family(guide, coordinates, lambda params: parts_of(values(params)), wrap, begin)
+    own: Any, chosen: Any, slopes: Slopes | None, num_active: int, where: str, xp: Any
+) -> Mixture:
+    """Components about some draws, along the directions in which a target differs most from a
+    Gaussian."""
+    loc, scale_tril = require_gaussian(own, f"{where}, with num_active")
+    frame = Frame(loc, scale_tril, xp.eye(loc.size, dtype=loc.dtype))
+    frame = frame._replace(rotation=active_directions(frame, slopes, num_active, xp))
+    locs = frame.coordinates(chosen, xp)[:, :num_active]
+    scale_trils = SPREAD * xp.tile(xp.eye(num_active, dtype=loc.dtype), (len(chosen), 1, 1))
+    blank = xp.zeros((len(chosen), loc.size - num_active), loc.dtype)
+    along = Components(_equal(chosen, xp), locs, scale_trils)
+    return Mixture(Parts(along, Across(blank, xp.ones_like(blank))), frame)
 
 
-def active_directions(
-    loc: jax.Array, scale_tril: jax.Array, slopes: Slopes, num_active: int
-) -> jax.Array:
+def active_directions(frame: Frame, slopes: Any, num_active: int, xp: Any) -> Any:
     """An orthogonal matrix whose first columns are the active directions of log p - log q.
 
     In units of the Gaussian, z = C^-1 (u - loc), the gradient of the log ratio is
     g = C' grad log p(u) + z; the directions are the leading eigenvectors of E[g g'] over the
     places where it is known.
     """
-    identity = jnp.eye(loc.size, dtype=loc.dtype)
-    z = Frame(loc, scale_tril, identity).coordinates(slopes.position)
-    g = slopes.gradient @ scale_tril + z
-    usable = jnp.all(jnp.isfinite(g), axis=1) & jnp.isfinite(slopes.weights)
-    weights = jnp.where(usable, slopes.weights, 0.0)
-    g = jnp.where(usable[:, None], g, 0.0)
-    vectors = jnp.linalg.eigh((weights[:, None] * g).T @ g)[1]
+    g = slopes.gradient @ frame.scale_tril + frame.coordinates(slopes.position, xp)
+    usable = xp.all(xp.isfinite(g), axis=1) & xp.isfinite(slopes.weights)
+    weights = xp.where(usable, slopes.weights, 0.0)
+    g = xp.where(usable[:, None], g, 0.0)
+    vectors = xp.linalg.eigh((weights[:, None] * g).T @ g)[1]
     # The rest of the axes follow, made orthogonal to the directions.
-    return jnp.linalg.qr(jnp.concatenate([vectors[:, -num_active:], identity], axis=1))[0]
+    axes = xp.concatenate([vectors[:, -num_active:], frame.rotation], axis=1)
+    return xp.linalg.qr(axes)[0]
 
 
-def slopes_at(target: Target, params: Any, drawn: Weighted, data: Any) -> Slopes:
+def slopes_at(target: Target, values: Any, position: Any, log_weights: Any, data: Any) -> Slopes:
     """The gradients at some weighted draws, as many as directions need."""
-    values = constrain(target.declared, {key: params[key] for key in target.declared})
-    position, weights = drawn.position[:GRADIENTS], drawn.smoothed.log_weights[:GRADIENTS]
+    position, log_weights = position[:GRADIENTS], log_weights[:GRADIENTS]
     size = min(SIDE_BY_SIDE, at_once(len(position), target, data))
     gradient = jax.grad(lambda u: flat(target).log_density(u, values, data))
-    return Slopes(position, over(gradient, position, size), jax.nn.softmax(weights))
+    return Slopes(position, over(gradient, position, size), jax.nn.softmax(log_weights))
 
 
-def _equal(num_components: int) -> jax.Array:
-    return jnp.full(num_components, 1 / num_components)
-
-
-def _nothing_across(num_components: int) -> Across:
-    return Across(jnp.zeros((num_components, 0)), jnp.ones((num_components, 0)))
-
-
-def with_guard(parts: Parts, y: jax.Array, smoothed: Smoothed) -> Parts:
-    """The components with the guard behind them."""
-    weights = jnp.exp(smoothed.log_weights)
-    along, across = parts
+def with_guard(found: Mixture, y: Any, smoothed: Smoothed, xp: Any = jnp) -> Mixture:
+    """The components with the guard behind them, from weighted draws at coordinates y."""
+    weights = xp.exp(smoothed.log_weights)
+    along, across = found.parts
     num_active = along.locs.shape[1]
-    mean = weights @ y
-    a = y[:, :num_active] - mean[:num_active]
-    covariance = (weights[:, None] * a).T @ a
-    # Few effective draws can lie in a plane: some of the diagonal keeps the guard wide all around.
-    covariance = 0.9 * covariance + 0.1 * jnp.diag(jnp.diagonal(covariance))
-    root = WIDE * jnp.linalg.cholesky(covariance)
+    centre, root = moments(y[:, :num_active], weights, xp)
+    mean = weights @ y[:, num_active:]
     known = smoothed.ess / (smoothed.ess + PRIOR)
-    variance = known * (weights @ (y - mean) ** 2) + (1 - known)
-    found = mean[:num_active], root, mean[num_active:], jnp.sqrt(variance[num_active:])
+    variance = known * (weights @ (y[:, num_active:] - mean) ** 2) + (1 - known)
+    guard = centre, WIDE * root, mean, xp.sqrt(variance)
     instead = along.locs[0], WIDE * along.scale_trils[0], across.locs[0], across.scales[0]
-    loc, root, centre, scale = where_tree(all_finite(found), found, instead)
-    return Parts(
-        Components(
-            jnp.append((1 - GUARD) * along.weights, GUARD),
-            jnp.concatenate([along.locs, loc[None]]),
-            jnp.concatenate([along.scale_trils, root[None]]),
-        ),
-        Across(
-            jnp.concatenate([across.locs, centre[None]]),
-            jnp.concatenate([across.scales, scale[None]]),
-        ),
+    centre, root, mean, scale = where(all_finite(guard, xp), guard, instead, xp)
+    along = Components(
+        xp.append((1 - GUARD) * along.weights, GUARD),
+        xp.concatenate([along.locs, centre[None]]),
+        xp.concatenate([along.scale_trils, root[None]]),
     )
+    across = Across(
+        xp.concatenate([across.locs, mean[None]]), xp.concatenate([across.scales, scale[None]])
+    )
+    return found._replace(parts=Parts(along, across))
+
+
+def without_guard(found: Mixture, xp: Any = jnp) -> Mixture:
+    """The components alone."""
+    along, across = jax.tree.map(lambda leaf: leaf[:-1], found.parts)
+    weights = along.weights / xp.sum(along.weights)
+    return found._replace(parts=Parts(along._replace(weights=weights), across))
+
+
+def _equal(chosen: Any, xp: Any) -> Any:
+    return xp.full(len(chosen), 1 / len(chosen), chosen.dtype)

@@ -8,6 +8,7 @@ forward divergence KL(p || q) as far as the draws show it, but for a guard of fi
 section 3 (Student-t components as there, section 4).
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,17 +18,27 @@ from jax import lax
 from vi_params._cache import program
 from vi_params._check import require_count, require_instance, require_key
 from vi_params._compile import Quick
-from vi_params._tree import where_tree
+from vi_params._tree import pick, where_tree
 from vi_params.guide import Guide
-from vi_params.guides.active_mixture import Parts
-from vi_params.importance import Weighted, at_once, weigh
-from vi_params.solvers.mixture_families import along_few, everywhere, slopes_at, with_guard
-from vi_params.solvers.solution import Slopes, Solution, SolverInfo, SolverStatus, own_name
+from vi_params.importance import Weighted, at_once, pick_draws, weigh
+from vi_params.params import constrain
+from vi_params.solvers.mixture_families import (
+    Mixture,
+    family,
+    slopes_at,
+    with_guard,
+    without_guard,
+)
+from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus
 from vi_params.solvers.start import data_of
 from vi_params.solvers.weighted_em import weighted_em
 from vi_params.target import Target
 
-GOOD_K_HAT, GOOD_SHARE = 0.5, 0.5
+DF = 20
+"""The degrees of freedom of the components. Few, as 5, leave most draws of 10 to 30 dimensions
+farther out than what they were fitted to; far tails are the guard's."""
+
+GOOD_K_HAT, GOOD_SHARE = 0.5, 0.4
 """The rounds end below this k-hat, with at least this share of effective draws."""
 
 
@@ -39,7 +50,7 @@ def population_monte_carlo(
     init: Solution,
     num_components: int = 16,
     num_active: int | None = None,
-    df: int = 7,
+    df: int = DF,
     num_draws: int = 16000,
     max_steps: int = 16,
 ) -> Solution:
@@ -61,7 +72,7 @@ def population_monte_carlo(
         df: the components' degrees of freedom, a whole number.
         num_draws: draws a round, at least 25.
         max_steps: how many rounds at most; they end earlier where k-hat is below 0.5 and more than
-            half of the draws are effective.
+            two fifths of the draws are effective.
 
     Returns:
         A `Solution` with a `vi.guides.mixture` guide (`active_mixture` with `num_active`), that of
@@ -86,7 +97,6 @@ def population_monte_carlo(
     data = data_of(target, data)
     require_key(key, "solvers.population_monte_carlo")
     require_instance(init, Solution, "vi.solvers.deterministic(target, key)", "init")
-    own_name(init.guide, "population_monte_carlo, init")
     for name, count, least in [
         ("num_components", num_components, 1),
         ("df", df, 1),
@@ -94,78 +104,53 @@ def population_monte_carlo(
         ("max_steps", max_steps, 1),
     ]:
         require_count(count, name, "solvers.population_monte_carlo", least=least)
-    rounds = population(target, init.guide, num_components, df, num_draws, num_active)
-    solve = program(_build, target, rounds, num_active is not None, max_steps)
+    guide, solve = program(
+        _build, target, init.guide, num_components, num_active, df, num_draws, max_steps
+    )
     params, info = solve(init.params, key, data)
-    return Solution(rounds.guide, params, info, jnp.zeros((0, 0)))
+    return Solution(guide, params, info, jnp.zeros((0, 0)))
 
 
 class Population(NamedTuple):
-    """The pieces of the algorithm, each pure.
+    """The pieces of the algorithm, each pure, in programs or on the host.
 
     Attributes:
         guide: the mixture.
-        first: `(params of the start, key, data) -> Weighted`, of the start's draws.
-        begin: `(params of the start, key, its weighted draws, slopes) -> params` of the first
-            mixture.
-        draw: `(params, key, data) -> Weighted`.
-        refit: `(params, weighted draws) -> params`.
+        begin: `(constrained parameters of the start, one of its draws for every component, chosen
+            by weight, its weighted draws, slopes, xp) -> Mixture`, the first.
+        refit: `(Mixture, its weighted draws, xp) -> Mixture`, the next.
+        params: `Mixture -> params`, the guide's own.
     """
 
     guide: Guide
-    first: Any
-    begin: Any
-    draw: Any
-    refit: Any
+    begin: Callable[..., Mixture]
+    refit: Callable[..., Mixture]
+    params: Callable[[Mixture], Any]
 
 
 def population(
-    target: Target,
-    start: Guide,
-    num_components: int,
-    df: int,
-    num_draws: int,
-    num_active: int | None = None,
+    target: Target, start: Guide, num_components: int, df: int, num_active: int | None = None
 ) -> Population:
     """The pieces for one target, kept for the next call."""
-    return program(_population, target, start, num_components, df, num_draws, num_active)
+    return program(_population, target, start, num_components, df, num_active)
 
 
 def _population(
-    target: Target,
-    start: Guide,
-    num_components: int,
-    df: int,
-    num_draws: int,
-    num_active: int | None,
+    target: Target, start: Guide, num_components: int, df: int, num_active: int | None
 ) -> Population:
-    if num_active is None:
-        family = everywhere(target, start, num_components, df)
-    else:
-        family = along_few(target, start, num_components, df, num_active)
+    mixtures = family(target, start, num_components, df, num_active, "population_monte_carlo, init")
 
-    def guarded(params: Any, parts: Parts, y: jax.Array, drawn: Weighted) -> Any:
-        return family.wrap(params, with_guard(parts, y, drawn.smoothed))
+    def begin(own: Any, chosen: Any, drawn: Weighted, slopes: Any, xp: Any = jnp) -> Mixture:
+        first = mixtures.begin(own, chosen, slopes, xp)
+        return with_guard(first, first.coordinates(drawn.position, xp), drawn.smoothed, xp)
 
-    def begin(params: Any, key: jax.Array, drawn: Weighted, slopes: Slopes | None) -> Any:
-        params, parts = family.begin(params, key, drawn, slopes)
-        return guarded(params, parts, family.coordinates(params, drawn.position), drawn)
+    def refit(now: Mixture, drawn: Weighted, xp: Any = jnp) -> Mixture:
+        y = now.coordinates(drawn.position, xp)
+        now = without_guard(now, xp)
+        parts = weighted_em(now.parts, y, xp.exp(drawn.smoothed.log_weights), df, xp)
+        return with_guard(now._replace(parts=parts), y, drawn.smoothed, xp)
 
-    def first(params: Any, key: jax.Array, data: Any) -> Weighted:
-        return _weigh(target, start, params, start.noise(key, num_draws), data)
-
-    def draw(params: Any, key: jax.Array, data: Any) -> Weighted:
-        noise = family.guide.noise(key, num_draws)
-        return _weigh(target, family.guide, params, noise, data)
-
-    def refit(params: Any, drawn: Weighted) -> Any:
-        along, across = jax.tree.map(lambda leaf: leaf[:-1], family.parts(params))
-        parts = Parts(along._replace(weights=along.weights / jnp.sum(along.weights)), across)
-        y = family.coordinates(params, drawn.position)
-        parts = weighted_em(parts, y, jnp.exp(drawn.smoothed.log_weights), df)
-        return guarded(params, parts, y, drawn)
-
-    return Population(family.guide, first, begin, draw, refit)
+    return Population(mixtures.guide, begin, refit, mixtures.params)
 
 
 def is_good(drawn: Weighted) -> jax.Array:
@@ -181,33 +166,60 @@ def _weigh(target: Target, guide: Guide, params: Any, noise: Any, data: Any) -> 
     return weigh(target, guide, params, noise, data, size, nan_is_outside=True)
 
 
-def _build(target: Target, rounds: Population, has_directions: bool, max_steps: int) -> Any:
+def _build(
+    target: Target,
+    start: Guide,
+    num_components: int,
+    num_active: int | None,
+    df: int,
+    num_draws: int,
+    max_steps: int,
+) -> tuple[Guide, Quick]:
+    rounds = population(target, start, num_components, df, num_active)
+    (name,) = start.declared
+
     @Quick
-    def solve(start: Any, key: jax.Array, data: Any) -> tuple[Any, SolverInfo]:
+    def solve(start_params: Any, key: jax.Array, data: Any) -> tuple[Any, SolverInfo]:
         keys = jax.random.split(key, max_steps + 2)
-        drawn = rounds.first(start, keys[0], data)
-        slopes = slopes_at(target, start, drawn, data) if has_directions else None
+        model = pick(start_params, target.declared)
+
+        def drawn_from(guide: Guide, params: Any, key: jax.Array) -> Weighted:
+            """Weighted draws; one at which the log density is not a number has no weight."""
+            noise, size = guide.noise(key, num_draws), at_once(num_draws, target, data)
+            return weigh(target, guide, params, noise, data, size, nan_is_outside=True)
+
+        def params_of(now: Mixture) -> Any:
+            return {**model, **rounds.params(now)}
 
         def body(carry: Any) -> Any:
-            i, params, drawn, best, best_drawn = carry
-            params = rounds.refit(params, drawn)
-            drawn = rounds.draw(params, keys[i + 2], data)
+            i, now, drawn, best, best_drawn = carry
+            now = rounds.refit(now, drawn)
+            drawn = drawn_from(rounds.guide, params_of(now), keys[i + 2])
             better = drawn.smoothed.k_hat < best_drawn.smoothed.k_hat  # never where it is NaN
-            best, best_drawn = where_tree(better, (params, drawn), (best, best_drawn))
-            return i + 1, params, drawn, best, best_drawn
+            best, best_drawn = where_tree(better, (now, drawn), (best, best_drawn))
+            return i + 1, now, drawn, best, best_drawn
 
-        params = rounds.begin(start, keys[1], drawn, slopes)
+        drawn = drawn_from(start, start_params, keys[0])
+        weights = drawn.smoothed.log_weights
+        slopes = None
+        if num_active is not None:
+            values = constrain(target.declared, model)
+            slopes = slopes_at(target, values, drawn.position, weights, data)
+        own = constrain(start.declared, pick(start_params, start.declared))[name]
+        chosen = drawn.position[pick_draws(keys[1], weights, num_components)]
+        first = rounds.begin(own, chosen, drawn, slopes)
         worst = jnp.full_like(drawn.smoothed.k_hat, jnp.inf)
         unseen = drawn._replace(smoothed=drawn.smoothed._replace(k_hat=worst))
-        steps, _, _, params, drawn = lax.while_loop(
+        steps, _, _, best, drawn = lax.while_loop(
             lambda carry: (carry[0] < max_steps) & ~is_good(carry[4]),
             body,
-            (jnp.int32(0), params, drawn, params, unseen),
+            (jnp.int32(0), first, drawn, first, unseen),
         )
         status = jnp.where(is_good(drawn), SolverStatus.CONVERGED, SolverStatus.MAX_STEPS)
         elbo = jnp.mean(drawn.log_ratios)
         nothing = jnp.full((), jnp.nan, elbo.dtype)
         elbo = jnp.where(drawn.smoothed.k_hat < jnp.inf, elbo, nothing)
-        return params, SolverInfo(status, elbo, steps, elbo[None], status[None], nothing)
+        info = SolverInfo(status, elbo, steps, elbo[None], status[None], nothing)
+        return params_of(best), info
 
-    return solve
+    return rounds.guide, solve

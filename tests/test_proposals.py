@@ -1,0 +1,110 @@
+"""What is drawn on the host is what the guide draws, and as likely."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpyro import distributions as dist
+from numpyro.distributions import constraints
+from scipy import stats
+
+import vi_params as vi
+from vi_params.approximation import proposals
+from vi_params.approximation.judge import BATCH, generator, judge_of_guide, judge_of_proposal
+from vi_params.approximation.proposals import proposal_of
+from vi_params.guide import Draw
+from vi_params.guides.active_mixture import Across, Frame, Parts
+from vi_params.guides.mixture import Components
+from vi_params.solvers.mixture_families import Mixture
+
+KEY = jax.random.key(0)
+DIM = 5
+TARGET = vi.target(
+    lambda values, latents, data: dist.Gamma(3.0, data).log_prob(latents["x"]).sum(),
+    {"x": vi.Latent((DIM,), constraints.positive)},
+    data=jnp.array([1.0, 2.0, 0.5, 1.0, 3.0]),
+)
+LOC = np.linspace(-0.5, 1.0, DIM)
+ROOT = np.tril(stats.norm.rvs(scale=0.3, size=(DIM, DIM), random_state=0), -1) + 0.6 * np.eye(DIM)
+WEIGHTS = np.array([0.2, 0.5, 0.3])
+
+
+def components(num_active):
+    random = np.random.default_rng(1)
+    roots = 0.2 * random.standard_normal((3, num_active, num_active))
+    roots = np.tril(roots, -1) + 0.7 * np.eye(num_active)
+    return Components(WEIGHTS, random.standard_normal((3, num_active)), roots)
+
+
+def gaussian():
+    guide = vi.guides.contaminated_normal(TARGET)
+    return guide, {"loc": LOC, "scale_tril": ROOT}, None
+
+
+def free():
+    along = components(DIM)
+    nothing = np.zeros((3, 0))
+    guide = vi.guides.mixture(TARGET, 3, df=6)
+    return guide, along._asdict(), Mixture(Parts(along, Across(nothing, nothing)), None)
+
+
+def along_two():
+    random = np.random.default_rng(2)
+    across = Across(random.standard_normal((3, 3)), np.exp(0.3 * random.standard_normal((3, 3))))
+    frame = Frame(LOC, ROOT, stats.ortho_group.rvs(DIM, random_state=3))
+    along = components(2)
+    values = {
+        "along": along._asdict(),
+        "across": across._asdict(),
+        "frame": frame._asdict(),
+    }
+    guide = vi.guides.active_mixture(TARGET, 3, 2, df=6)
+    return guide, values, Mixture(Parts(along, across), frame)
+
+
+def normals():
+    _, values, mixture = free()
+    return vi.guides.mixture(TARGET, 3), values, mixture
+
+
+@pytest.mark.parametrize("make", [gaussian, free, along_two, normals])
+def test_a_proposal_is_its_guide(make):
+    """The density at the proposal's draws is that of the guide, and moments are those of the
+    guide's draws, within four standard errors."""
+    guide, values, mixture = make()
+    with jax.enable_x64():
+        params = vi.unconstrain(guide.declared, {"guide": values})
+        if make in (gaussian, normals):
+            proposal = proposal_of(vi.Solution(guide, params, None, None))
+        else:
+            proposal = proposals.mixture(mixture, 6)
+        u = proposal.draw(generator(KEY), 20_000)
+        position = jnp.asarray(u[:50])
+
+        def log_q(u):
+            at = Draw({}, 0.0, u)
+            return guide.rescore(params, at) + vi.flat(TARGET).constrain_with_log_det(u)[1]
+
+        np.testing.assert_allclose(proposal.log_prob(u[:50]), jax.vmap(log_q)(position), rtol=1e-9)
+        noise = guide.noise(KEY, 20_000)
+        own = np.asarray(jax.vmap(lambda one: guide.transform(params, one).position)(noise))
+    for power in (1, 2):
+        one, other = u**power, own**power
+        error = np.sqrt((one.var(0) + other.var(0)) / len(u))
+        assert np.all(np.abs(one.mean(0) - other.mean(0)) < 4.5 * error)
+
+
+def test_both_ways_to_judge_agree():
+    """By draws on the host and by a program: k-hat, evidence and effective draws are alike."""
+    data = TARGET.data
+    guide = vi.guides.contaminated_normal(TARGET)
+    values = {"loc": 1.0 - jnp.log(data), "scale_tril": 0.7 * jnp.eye(DIM)}
+    params = vi.unconstrain(guide.declared, {"guide": values})
+    proposal = proposal_of(vi.Solution(guide, params, None, None))
+    drawn, here = judge_of_proposal(TARGET, proposal, params, data, 2 * BATCH)(KEY)
+    other, there = judge_of_guide(TARGET, guide, params, data, 2 * BATCH)(KEY)
+    assert drawn.latents["x"].shape == other.latents["x"].shape == (2 * BATCH, DIM)
+    np.testing.assert_allclose(here.log_evidence, there.log_evidence, atol=0.1)
+    np.testing.assert_allclose(here.ess, there.ess, rtol=0.2)
+    np.testing.assert_allclose(here.k_hat, there.k_hat, atol=0.25)
+    np.testing.assert_allclose(here.log_evidence, 0.0, atol=0.15)

@@ -1,0 +1,111 @@
+"""What guides draw, and how likely that is, on the host.
+
+Draws of an elliptical distribution and its density take less time in numpy than programs for them
+take to compile, so that the one program a judgement needs is the target's own density.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from vi_params._arrays import inverse_lower, logsumexp
+from vi_params._cache import program
+from vi_params._compile import Quick
+from vi_params._tree import pick
+from vi_params.guide import Guide
+from vi_params.guides.active_mixture import Across, Parts, part_terms
+from vi_params.guides.contaminated import SCALES, WEIGHTS
+from vi_params.guides.mixture import Components, log_elliptical
+from vi_params.params import constrain
+from vi_params.solvers.mixture_families import Mixture
+from vi_params.solvers.solution import Solution
+
+
+class Proposal(NamedTuple):
+    """A distribution over unconstrained vectors.
+
+    Attributes:
+        draw: `(generator, num_draws) -> vectors`, shape (num_draws, dim), in any order.
+        log_prob: `vectors -> log densities`, shape (num_draws,).
+    """
+
+    draw: Callable[[np.random.Generator, int], np.ndarray]
+    log_prob: Callable[[np.ndarray], np.ndarray]
+
+
+def contaminated_normal(loc: np.ndarray, scale_tril: np.ndarray) -> Proposal:
+    """That of `vi.guides.contaminated_normal`."""
+    dim = len(loc)
+    weights, scales = np.asarray(WEIGHTS), np.asarray(SCALES)
+    inverse = inverse_lower(scale_tril, np)
+    log_det = np.sum(np.log(np.diagonal(scale_tril)))
+
+    def draw(random: np.random.Generator, num_draws: int) -> np.ndarray:
+        size = random.choice(scales, num_draws, p=weights)
+        return loc + (size[:, None] * random.standard_normal((num_draws, dim))) @ scale_tril.T
+
+    def log_prob(u: np.ndarray) -> np.ndarray:
+        squared = np.sum(((u - loc) @ inverse.T) ** 2, axis=1)
+        terms = log_elliptical(squared / scales[:, None] ** 2, dim, None, np)
+        return logsumexp(terms.T + np.log(weights) - dim * np.log(scales), axis=1, xp=np) - log_det
+
+    return Proposal(draw, log_prob)
+
+
+def mixture(found: Mixture, df: int | None) -> Proposal:
+    """That of `vi.guides.mixture` or `active_mixture`."""
+    (weights, locs, scale_trils), across = found.parts
+    frame = found.frame
+    num_active, rest = locs.shape[1], across.locs.shape[1]
+    log_det = 0.0 if frame is None else frame.log_det(np)
+
+    def draw(random: np.random.Generator, num_draws: int) -> np.ndarray:
+        counts = random.multinomial(num_draws, weights / np.sum(weights))
+        normal = random.standard_normal((num_draws, num_active + rest))
+        if df is not None:
+            normal[:, :num_active] *= np.sqrt(df / random.chisquare(df, (num_draws, 1)))
+        y, edges = np.empty_like(normal), np.cumsum(counts)
+        for k, (end, count) in enumerate(zip(edges, counts, strict=True)):
+            rows = slice(end - count, end)
+            y[rows, :num_active] = locs[k] + normal[rows, :num_active] @ scale_trils[k].T
+            y[rows, num_active:] = across.locs[k] + across.scales[k] * normal[rows, num_active:]
+        return y if frame is None else frame.unconstrained(y)
+
+    def log_prob(u: np.ndarray) -> np.ndarray:
+        terms = part_terms(found.parts, found.coordinates(u, np), df, np)[0]
+        return logsumexp(terms, xp=np) - log_det
+
+    return Proposal(draw, log_prob)
+
+
+def proposal_of(solution: Solution) -> Proposal | None:
+    """That of a contaminated normal, or of a mixture of normals; None for another guide."""
+    (name,) = solution.guide.declared
+    fields = set(solution.params[name])
+    if fields == {"loc", "scale_tril"}:
+        return contaminated_normal(**values_of(solution))
+    if fields == set(Components._fields):
+        along = Components(**values_of(solution))
+        nothing = np.zeros((len(along.weights), 0))
+        return mixture(Mixture(Parts(along, Across(nothing, nothing)), None), None)
+    return None
+
+
+def values_of(solution: Solution) -> dict[str, np.ndarray]:
+    """The constrained parameters of a guide's family, on the host in float64."""
+    guide = solution.guide
+    (name,) = guide.declared
+    values = jax.device_get(program(_values, guide)(pick(solution.params, guide.declared)))
+    return {field: np.asarray(leaf, float) for field, leaf in values[name].items()}
+
+
+def compile_values(pool: Executor, guide: Guide, params: Any) -> None:
+    """Has the program of `values_of` compiled by a thread of `pool`."""
+    program(_values, guide).ahead(pool, pick(params, guide.declared))
+
+
+def _values(guide: Guide) -> Quick:
+    return Quick(lambda params: constrain(guide.declared, params))
