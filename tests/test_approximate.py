@@ -20,7 +20,7 @@ from vi_params.approximation.candidate import Candidate, best_of
 from vi_params.approximation.judge import judge_of_guide
 from vi_params.approximation.polish import is_stale
 from vi_params.approximation.result import _deterministic
-from vi_params.approximation.tails import Spread, worst_spread
+from vi_params.approximation.tails import Spread, towards_spreads, worst_spread
 from vi_params.importance import Weighted, psis, psis_on_host
 
 KEY = jax.random.key(0)
@@ -349,6 +349,14 @@ def test_which_of_several_is_taken(candidates, best):
     assert best_of(candidates) is candidates[best]
 
 
+def test_those_whose_spreads_show_come_first():
+    unshown = tried(0.2, 0.9)._replace(spread=Spread("x", 0.9, 0.1))
+    shown = tried(0.3, 0.4)._replace(spread=Spread("x", 0.9, 0.01))
+    assert best_of([unshown, shown]) is shown
+    assert not unshown.is_good
+    assert best_of([unshown, tried(0.75, 0.9)]) is unshown
+
+
 def test_rounds_end_when_the_last_ones_were_in_vain():
     assert not is_stale([0.5, 0.4, 0.4, 0.4])  # too few
     assert is_stale([0.5, 0.4, 0.4, 0.4, 0.54])
@@ -385,10 +393,25 @@ def test_the_error_of_a_spread_is_that_of_repeated_batches():
     np.testing.assert_allclose(errors.mean(), log_sds.std(), rtol=0.15)
 
 
+def test_a_mixture_is_fitted_to_the_spread_that_does_not_show():
+    """Half of the weights are those of the second moment that is not shown."""
+    random = np.random.default_rng(3)
+    light, heavy = random.standard_normal(4000), random.standard_t(1.5, 4000)
+    smoothed = psis_on_host(np.where(heavy > 20.0, -np.inf, 0.0))
+    drawn = Weighted({"x": light, "y": heavy}, heavy, None, smoothed)
+    weights = np.exp(smoothed.log_weights)
+    shares = weights * (heavy - weights @ heavy) ** 2
+    expected = 0.5 * weights + 0.5 * shares / shares.sum()
+    found = towards_spreads(drawn)
+    np.testing.assert_allclose(np.exp(found.smoothed.log_weights), expected, rtol=1e-10)
+    np.testing.assert_allclose(found.smoothed.ess, 1 / np.sum(expected**2))
+
+
 def test_one_of_two_batches_can_be_lucky():
-    spreads = {True: Spread("x", 0.9, 0.02), False: Spread("x", 0.8, 0.05)}
-    assert all(spread.is_shown is shown for shown, spread in spreads.items())
-    assert Spread("x", 0.7, 0.2).is_shown
+    assert Spread("x", 0.9, 0.02).is_shown
+    assert not Spread("x", 0.8, 0.04).is_shown
+    assert Spread("x", 0.7, 0.04).is_shown
+    assert not Spread("x", 0.4, 0.05).is_shown
     random = np.random.default_rng(1)
     light, heavy = random.standard_normal(4000), random.standard_t(2.0, 4000)
     smoothed = psis_on_host(np.zeros(4000))
@@ -412,4 +435,4 @@ def test_a_spread_that_draws_do_not_show_is_not_trusted(spread, trusted):
     assert posterior.trustworthy is trusted
     assert posterior.resampled
     assert float(posterior.diagnosis.k_hat) < 0.5
-    assert trusted or "the tail of x[1]" in posterior.verdict
+    assert trusted or "do not show the spread of x[1]" in posterior.verdict

@@ -27,7 +27,6 @@ from vi_params.approximation.optima import optima
 from vi_params.approximation.polish import can_polish
 from vi_params.approximation.polish import polish as polished
 from vi_params.approximation.result import Approximation
-from vi_params.approximation.tails import Spread, worst_spread
 from vi_params.diagnostics import check
 from vi_params.diagnostics.diagnose import threshold
 from vi_params.solvers.linear_response import linear_response
@@ -66,9 +65,10 @@ def approximate(
     a fifth of the draws effective (two fifths for the mixture, which was fitted to such weights).
     Trusted is what has a k-hat below 0.7 in two independent judgements and 15 % of the draws
     effective; of several, of those whose log evidence shows that they miss no mass the most
-    effective, a k-hat above 0.5 counted against it. Every latent's spread must show, too: where
-    the k-hat of its second moment exceeds 0.75, the standard error of the logarithm of its standard
-    deviation may be 0.03.
+    effective, a k-hat above 0.5 counted against it. Every latent's spread must show, too: the
+    standard error of the logarithm of its standard deviation may be 0.045, and where the k-hat of
+    its second moment exceeds 0.75, 0.03. Where one does not, the mixture is fitted to what second
+    moments depend on, too.
 
     Hierarchies of NumPyro programs are approximated in partially centred coordinates where
     `vi.recentred` has them; how far each latent is centred, a pilot decides by how much the data
@@ -215,14 +215,13 @@ def _conclude(
         )
         for one in candidates
     )
-    spread = worst_spread(*best.batches) if best.is_trustworthy else None
     return Approximation(
         guide=best.solution.guide,
         params=best.solution.params,
         diagnosis=best.diagnosis,
-        trustworthy=spread is not None and spread.is_shown,
+        trustworthy=best.is_trustworthy and best.is_shown,
         resampled=best.is_trustworthy,
-        verdict=_verdict(best, spread, candidates[0].solution.info),
+        verdict=_verdict(best, candidates[0].solution.info),
         table=Table(("approximation", "k-hat", "ESS %", "log evidence"), rows),
         target=target,
         coordinates=coordinates,
@@ -231,18 +230,19 @@ def _conclude(
     )
 
 
-def _verdict(best: Candidate, spread: Spread | None, first: SolverInfo) -> str:
-    """In words, with the spread that is shown least where the weights are good enough."""
+def _verdict(best: Candidate, first: SolverInfo) -> str:
     k_hat, limit = float(best.diagnosis.k_hat), threshold(int(best.diagnosis.num_draws))
     found = f"{best.name}: k-hat {k_hat:.2f}, {100 * best.share:.0f} % of the draws effective"
-    if spread is not None and spread.is_shown:
+    spread = best.spread
+    if best.is_trustworthy and best.is_shown:
         return f"Trust this ({found}); draws are importance-resampled."
-    if spread is not None:
+    if best.is_trustworthy and spread is not None:
         return (
-            f"Do not trust this ({found}): the tail of {spread.name} is so heavy (k-hat "
-            f"{spread.k_hat:.2f} of its second moment) that its standard deviation cannot be told "
-            "from draws like these. Use quantiles, or MCMC with many draws; .nuts_start(key) gives "
-            "it starting points and a mass matrix. Draws are importance-resampled."
+            f"Do not trust this ({found}): draws like these do not show the spread of "
+            f"{spread.name}, whose tail is so heavy (k-hat {spread.k_hat:.2f} of its second "
+            f"moment; standard error {spread.error:.3f} of the logarithm of its standard "
+            "deviation). Use quantiles, or MCMC with many draws; .nuts_start(key) gives it "
+            "starting points and a mass matrix. Draws are importance-resampled."
         )
     if math.isnan(k_hat):
         reason = "the log density is not finite at some draws; vi.check(target, key) looks at it"

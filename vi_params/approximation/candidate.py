@@ -9,6 +9,7 @@ import numpy as np
 from vi_params._cache import program
 from vi_params.approximation.judge import BATCH, Judge, judge_of_guide, judge_of_proposal
 from vi_params.approximation.proposals import proposal_of
+from vi_params.approximation.tails import Spread, worst_spread
 from vi_params.diagnostics import Diagnosis
 from vi_params.diagnostics.diagnose import threshold
 from vi_params.guide import Guide
@@ -42,6 +43,8 @@ class Candidate(NamedTuple):
         diagnosis: the worse of two judgements by independent draws: one can be lucky.
         batches: these draws.
         judge: makes further ones.
+        spread: the standard deviation that these draws show least; None of a first judgement, by
+            one batch.
         enough: the share of effective draws above which it is good enough.
     """
 
@@ -50,6 +53,7 @@ class Candidate(NamedTuple):
     diagnosis: Diagnosis
     batches: tuple[Weighted, ...]
     judge: Judge
+    spread: Spread | None = None
     enough: float = ENOUGH
 
     @property
@@ -70,7 +74,12 @@ class Candidate(NamedTuple):
     @property
     def is_good(self) -> bool:
         """Whether there is nothing left to gain."""
-        return self.k_hat < GOOD_K_HAT and self.share > self.enough
+        return self.k_hat < GOOD_K_HAT and self.share > self.enough and self.is_shown
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether no standard deviation is known not to show."""
+        return self.spread is None or self.spread.is_shown
 
     @property
     def is_trustworthy(self) -> bool:
@@ -80,8 +89,24 @@ class Candidate(NamedTuple):
 
 def judged(name: str, solution: Solution, judge: Judge, keys: Iterator[jax.Array]) -> Candidate:
     """The candidate of a solution, by two batches of draws."""
-    batches, diagnoses = zip(*(judge(next(keys)) for _ in range(2)), strict=True)
-    return Candidate(name, solution, worse(*diagnoses), batches, judge)
+    return confirmed(once(name, solution, judge, next(keys)), next(keys))
+
+
+def once(
+    name: str, solution: Solution, judge: Judge, key: jax.Array, enough: float = ENOUGH
+) -> Candidate:
+    """The candidate of a solution, by one batch of draws."""
+    drawn, diagnosis = judge(key)
+    return Candidate(name, solution, diagnosis, (drawn,), judge, enough=enough)
+
+
+def confirmed(one: Candidate, key: jax.Array) -> Candidate:
+    """The candidate judged once more."""
+    drawn, diagnosis = one.judge(key)
+    found = one._replace(diagnosis=worse(one.diagnosis, diagnosis), batches=(*one.batches, drawn))
+    if not found.is_trustworthy:
+        return found
+    return found._replace(spread=worst_spread(*found.batches))
 
 
 def judge_of(target: Target, solution: Solution, data: Any, num_draws: int = BATCH) -> Judge:
@@ -130,8 +155,8 @@ def _wide_tailed(target: Target, name: str) -> Guide:
 
 def best_of(candidates: list[Candidate]) -> Candidate:
     """Of those to be trusted that miss no mass which another one sees, the one of the largest
-    merit; else the one whose weights have the lightest tail, and among light ones the most
-    effective."""
+    merit, if there are such those whose spreads show; else the one whose weights have the lightest
+    tail, and among light ones the most effective."""
     trusted = [one for one in candidates if one.is_trustworthy]
     if trusted:
         evidences = [
@@ -139,5 +164,5 @@ def best_of(candidates: list[Candidate]) -> Candidate:
         ]
         least = max(evidences) - MISSED
         whole = [one for one, e in zip(trusted, evidences, strict=True) if e >= least]
-        return max(whole, key=lambda one: one.merit)
+        return max(whole, key=lambda one: (one.is_shown, one.merit))
     return min(candidates, key=lambda one: (max(one.k_hat, GOOD_K_HAT), -one.share))

@@ -1,6 +1,7 @@
 """What follows where one Gaussian is not good enough: a mixture, by population Monte Carlo."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from typing import Any
 
@@ -10,13 +11,15 @@ import numpy as np
 from vi_params._cache import program
 from vi_params._compile import Quick
 from vi_params._tree import pick
-from vi_params.approximation.candidate import Candidate, best_of, worse
+from vi_params.approximation.candidate import Candidate, best_of, confirmed, once
 from vi_params.approximation.judge import judge_of_proposal
 from vi_params.approximation.proposals import mixture, values_of
 from vi_params.approximation.result import resampled
+from vi_params.approximation.tails import towards_spreads
 from vi_params.guide import Guide
 from vi_params.guides.active_mixture import Across, Frame, Parts
 from vi_params.guides.mixture import Components
+from vi_params.importance import Weighted
 from vi_params.params import constrain
 from vi_params.solvers.linear_response import compile_gradients, gradients
 from vi_params.solvers.mixture_families import Mixture, slopes_at
@@ -45,6 +48,9 @@ LARGEST = 500
 
 ROUNDS = 16
 """How many rounds are made at most."""
+
+WIDENED = 2
+"""How many more are made towards spreads that the draws do not show."""
 
 PATIENCE, GAIN = 4, 1.1
 """They end where so many rounds made the largest share of effective draws no larger than by this
@@ -81,35 +87,51 @@ def polish(
     def judged(now: Mixture) -> Candidate:
         params = {**begun.params, **params_of(now)}
         judge = judge_of_proposal(target, mixture(now, DF), params, data, DRAWS)
-        drawn, diagnosis = judge(next(keys))
         solution = begun._replace(guide=rounds.guide, params=params)
-        return Candidate(POLISHED, solution, diagnosis, (drawn,), judge, GOOD_SHARE)
+        return once(POLISHED, solution, judge, next(keys), GOOD_SHARE)
 
-    drawn = start.batches[0]
-    position = np.asarray(drawn.position)[resampled(next(keys), drawn.smoothed.log_weights)]
-    slopes = None
-    if _num_active(target) is not None:
-        slopes = _slopes(target, start, position, data)
-    first = position[:COMPONENTS].astype(float)
-    begin = rounds.begin(values_of(begun), first, drawn, slopes, np)
-    mixtures = [rounds.refit(begin, drawn, np)]
-    tried, made = [judged(mixtures[0])], 1
-    while True:
+    def begin() -> Mixture:
+        drawn = start.batches[0]
+        position = np.asarray(drawn.position)[resampled(next(keys), drawn.smoothed.log_weights)]
+        slopes = None
+        if _num_active(target) is not None:
+            slopes = _slopes(target, start, position, data)
+        first = position[:COMPONENTS].astype(float)
+        return refit(rounds.begin(values_of(begun), first, drawn, slopes, np), drawn)
+
+    def refit(now: Mixture, drawn: Weighted) -> Mixture:
+        return rounds.refit(now, drawn, np)
+
+    now, found = _settled(begin(), judged, refit, keys)
+    for _ in range(WIDENED):
+        if not found.is_trustworthy or found.is_shown:
+            break
+        now = refit(now, towards_spreads(*found.batches))
+        wider = confirmed(judged(now), next(keys))
+        found = wider if wider.is_trustworthy else found
+    return found
+
+
+def _settled(
+    now: Mixture,
+    judged: Callable[[Mixture], Candidate],
+    refit: Callable[[Mixture, Weighted], Mixture],
+    keys: Iterator[jax.Array],
+) -> tuple[Mixture, Candidate]:
+    """The best mixture of some rounds, judged twice."""
+    mixtures, tried = [now], [judged(now)]
+    for made in itertools.count(1):
         if tried[-1].is_good or is_stale([one.share for one in tried]) or made == ROUNDS:
             best = best_of(tried)
-            kept = mixtures[[one is best for one in tried].index(True)]
-            again = judged(kept)
-            found = best._replace(
-                diagnosis=worse(best.diagnosis, again.diagnosis),
-                batches=best.batches + again.batches,
-            )
+            now = mixtures[[one is best for one in tried].index(True)]
+            found = confirmed(best, next(keys))
             if found.is_trustworthy or not best.is_trustworthy or made == ROUNDS:
-                return found
+                return now, found
             # The best of many rounds was lucky; these draws show what it left out.
-            mixtures, tried = [kept], [again]
-        mixtures.append(rounds.refit(mixtures[-1], tried[-1].batches[0], np))
+            mixtures, tried = [now], [best._replace(batches=found.batches[1:])]
+        mixtures.append(refit(mixtures[-1], tried[-1].batches[0]))
         tried.append(judged(mixtures[-1]))
-        made += 1
+    raise AssertionError  # rounds are counted
 
 
 def compile_polish(

@@ -3,7 +3,7 @@
 In numpy, on the host: a program would compile for longer than all of this runs.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,9 +20,9 @@ HEAVY = 0.75
 """The k-hat of a second moment above which its standard error cannot be relied on: it takes more
 than 10,000 draws to estimate what has such a tail (Vehtari et al., section 3.2.4)."""
 
-UNSURE = 0.03
-"""How large that standard error may then be, of the logarithm of a standard deviation; the true
-error is some times as large."""
+ERROR, HEAVY_ERROR = 0.045, 0.03
+"""The largest standard error of the logarithm of a standard deviation, and the largest of one with
+such a tail, where the true error is some times as large."""
 
 
 class Spread(NamedTuple):
@@ -32,16 +32,18 @@ class Spread(NamedTuple):
         name: as in "name[i, j]".
         k_hat: the Pareto k-hat of its second moment; 0 where the tail has no spread.
         error: the standard error of the logarithm of its standard deviation.
+        shares: of its second moment, those of the draws; shape (num_draws,).
     """
 
     name: str
     k_hat: float
     error: float
+    shares: Any = None
 
     @property
     def is_shown(self) -> bool:
         """Whether it can be relied on."""
-        return self.k_hat <= HEAVY or self.error <= UNSURE
+        return self.error <= (ERROR if self.k_hat <= HEAVY else HEAVY_ERROR)
 
 
 def worst_spread(*batches: Weighted) -> Spread:
@@ -55,14 +57,35 @@ def worst_spread(*batches: Weighted) -> Spread:
     Args:
         *batches: draws of a guide, at least 25 each. One can be lucky: the worst counts.
     """
-    found = [spread for weighted in batches for spread in _suspects(weighted)]
-    return max(found, key=lambda one: (not one.is_shown, one.k_hat))
+    return max((_worst(_suspects(weighted)) for weighted in batches), key=_doubt)
+
+
+def towards_spreads(*batches: Weighted) -> Weighted:
+    """The batch with the spread shown least, half of its weights those that a draw has in the
+    second moments that are not shown: what is fitted to it draws where they come from."""
+    suspects, weighted = max(
+        ((_suspects(one), one) for one in batches), key=lambda pair: _doubt(_worst(pair[0]))
+    )
+    unshown = [one.shares for one in suspects if not one.is_shown] or [_worst(suspects).shares]
+    smoothed = weighted.smoothed
+    weights = 0.5 * np.exp(np.asarray(smoothed.log_weights, float)) + 0.5 * np.mean(unshown, axis=0)
+    with np.errstate(divide="ignore"):  # what is outside the support stays there
+        smoothed = smoothed._replace(log_weights=np.log(weights), ess=1 / np.sum(weights**2))
+    return weighted._replace(smoothed=smoothed)
+
+
+def _worst(suspects: list[Spread]) -> Spread:
+    return max(suspects, key=_doubt)
+
+
+def _doubt(spread: Spread) -> tuple[bool, float]:
+    return not spread.is_shown, spread.k_hat
 
 
 def _suspects(weighted: Weighted) -> list[Spread]:
     """The spreads that owe most to a single draw."""
     weights = np.exp(np.asarray(weighted.smoothed.log_weights, float))
-    counts = weights > 0
+    counts = weights > np.finfo(np.float32).tiny  # of less weight, a value may be infinite
     weights = weights[counts, None]
     at_once = max(1, BLOCK // len(weights))
     suspects: list[tuple[float, str, np.ndarray]] = []
@@ -79,10 +102,13 @@ def _suspects(weighted: Weighted) -> list[Spread]:
                 label = f"{name}[{', '.join(map(str, place))}]" if place else name
                 suspects.append((largest[i], label, terms[:, i].copy()))
             suspects = sorted(suspects, key=lambda one: -one[0])[:SUSPECTS]
-    return [
-        Spread(label, _k_hat(terms), float(0.5 * np.sqrt(np.sum((terms - weights[:, 0]) ** 2))))
-        for _, label, terms in suspects
-    ]
+    found = []
+    for _, label, terms in suspects:
+        error = float(0.5 * np.sqrt(np.sum((terms - weights[:, 0]) ** 2)))
+        shares = np.zeros(len(counts))
+        shares[counts] = terms
+        found.append(Spread(label, _k_hat(terms), error, shares))
+    return found
 
 
 def _k_hat(terms: np.ndarray) -> float:
