@@ -16,6 +16,7 @@ from numpyro.infer import MCMC, NUTS
 
 import vi_params as vi
 from vi_params._cache import program
+from vi_params._compile import Quick
 from vi_params.approximation.candidate import Candidate, best_of
 from vi_params.approximation.judge import judge_of_guide
 from vi_params.approximation.polish import is_stale
@@ -96,6 +97,34 @@ def test_it_holds_few_instances_of_the_model():
     vi.approximate(target, KEY, polish=False)
     # Each program traces its loops' bodies up to three times (shapes, fixed points, the program).
     assert len(calls) <= 8
+
+
+def test_a_polished_hierarchy_compiles_the_model_twice(monkeypatch):
+    """One program with its derivatives and one without: pilot, rounds and draws need no other."""
+    called = set()
+    own = Quick.__call__
+
+    def call(self, *args):
+        called.add(self)
+        return own(self, *args)
+
+    def model(sigma, y):
+        mu = numpyro.sample("mu", dist.Normal(0.0, 5.0))
+        tau = numpyro.sample("tau", dist.HalfCauchy(5.0))
+        with numpyro.plate("schools", 3):
+            theta = numpyro.sample("theta", dist.Normal(mu, tau))
+            numpyro.sample("y", dist.Normal(theta, sigma), obs=y)
+
+    monkeypatch.setattr(Quick, "__call__", call)
+    target = vi.from_numpyro(model, jnp.array([15.0, 10.0, 16.0]), jnp.array([28.0, 8.0, -3.0]))
+    found = vi.approximate(target, KEY)
+    found.draws(KEY, 100)
+    assert found.coordinates is not found.target
+    assert "population Monte Carlo" in str(found)
+    names = sorted(program.light.__name__ for program in called)
+    small = {"respond", "params", "compiled", "<lambda>"}  # of means and covariances alone
+    assert [name for name in names if name not in small] == ["density", "solve"]
+    assert all(program.light._cache_size() <= 1 for program in called)
 
 
 NOTHING = vi.target(lambda values, latents, data: jnp.zeros(()), {})
@@ -382,15 +411,18 @@ def test_second_moments_have_the_tail_of_the_squares(df, k_hat):
 def test_the_error_of_a_spread_is_that_of_repeated_batches():
     """Weighted draws of N(0, 1.2) towards N(0, 1), whose log standard deviations are known."""
     random = np.random.default_rng(0)
-    found = []
+    found, kurtosis = [], 3.0
     for _ in range(300):
         x = 1.2 * random.standard_normal(2000)
         smoothed = psis_on_host(-0.5 * x**2 + 0.5 * (x / 1.2) ** 2)
         weights = np.exp(smoothed.log_weights)
         log_sd = 0.5 * np.log(weights @ (x - weights @ x) ** 2)
-        found.append((log_sd, worst_spread(Weighted({"x": x}, x, None, smoothed)).error))
-    log_sds, errors = np.transpose(found)
+        spread = worst_spread(Weighted({"x": x}, x, None, smoothed))
+        found.append((log_sd, spread.error, spread.drawn_error))
+    log_sds, errors, drawn_errors = np.transpose(found)
     np.testing.assert_allclose(errors.mean(), log_sds.std(), rtol=0.15)
+    exact = 0.5 * np.sqrt((kurtosis - 1) / 4000)
+    np.testing.assert_allclose(drawn_errors.mean(), exact, rtol=0.05)
 
 
 def test_a_mixture_is_fitted_to_the_spread_that_does_not_show():
@@ -412,6 +444,7 @@ def test_one_of_two_batches_can_be_lucky():
     assert not Spread("x", 0.8, 0.04).is_shown
     assert Spread("x", 0.7, 0.04).is_shown
     assert not Spread("x", 0.4, 0.05).is_shown
+    assert not Spread("x", 0.4, 0.01, drawn_error=0.08).is_shown
     random = np.random.default_rng(1)
     light, heavy = random.standard_normal(4000), random.standard_t(2.0, 4000)
     smoothed = psis_on_host(np.zeros(4000))

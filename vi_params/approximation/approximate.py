@@ -67,8 +67,8 @@ def approximate(
     effective; of several, of those whose log evidence shows that they miss no mass the most
     effective, a k-hat above 0.5 counted against it. Every latent's spread must show, too: the
     standard error of the logarithm of its standard deviation may be 0.045, and where the k-hat of
-    its second moment exceeds 0.75, 0.03. Where one does not, the mixture is fitted to what second
-    moments depend on, too.
+    its second moment exceeds 0.75, 0.03; that of 4000 draws of the posterior itself, 0.075. Where
+    one does not, the mixture is fitted to what second moments depend on, too.
 
     Hierarchies of NumPyro programs are approximated in partially centred coordinates where
     `vi.recentred` has them; how far each latent is centred, a pilot decides by how much the data
@@ -240,9 +240,9 @@ def _verdict(best: Candidate, first: SolverInfo) -> str:
         return (
             f"Do not trust this ({found}): draws like these do not show the spread of "
             f"{spread.name}, whose tail is so heavy (k-hat {spread.k_hat:.2f} of its second "
-            f"moment; standard error {spread.error:.3f} of the logarithm of its standard "
-            "deviation). Use quantiles, or MCMC with many draws; .nuts_start(key) gives it "
-            "starting points and a mass matrix. Draws are importance-resampled."
+            f"moment; standard error {max(spread.error, spread.drawn_error):.3f} of the logarithm "
+            "of its standard deviation). Use quantiles, or MCMC with many draws; .nuts_start(key) "
+            "gives it starting points and a mass matrix. Draws are importance-resampled."
         )
     if math.isnan(k_hat):
         reason = "the log density is not finite at some draws; vi.check(target, key) looks at it"

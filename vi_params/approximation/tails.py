@@ -3,6 +3,7 @@
 In numpy, on the host: a program would compile for longer than all of this runs.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,9 @@ ERROR, HEAVY_ERROR = 0.045, 0.03
 """The largest standard error of the logarithm of a standard deviation, and the largest of one with
 such a tail, where the true error is some times as large."""
 
+MANY, DRAWN_ERROR = 4000, 0.075
+"""How many draws must have it with which standard error."""
+
 
 class Spread(NamedTuple):
     """How well weighted draws show the standard deviation of one number.
@@ -32,18 +36,21 @@ class Spread(NamedTuple):
         name: as in "name[i, j]".
         k_hat: the Pareto k-hat of its second moment; 0 where the tail has no spread.
         error: the standard error of the logarithm of its standard deviation.
+        drawn_error: that of 4000 draws of the posterior itself, from its kurtosis.
         shares: of its second moment, those of the draws; shape (num_draws,).
     """
 
     name: str
     k_hat: float
     error: float
+    drawn_error: float = 0.0
     shares: Any = None
 
     @property
     def is_shown(self) -> bool:
         """Whether it can be relied on."""
-        return self.error <= (ERROR if self.k_hat <= HEAVY else HEAVY_ERROR)
+        limit = ERROR if self.k_hat <= HEAVY else HEAVY_ERROR
+        return self.error <= limit and self.drawn_error <= DRAWN_ERROR
 
 
 def worst_spread(*batches: Weighted) -> Spread:
@@ -104,10 +111,12 @@ def _suspects(weighted: Weighted) -> list[Spread]:
             suspects = sorted(suspects, key=lambda one: -one[0])[:SUSPECTS]
     found = []
     for _, label, terms in suspects:
-        error = float(0.5 * np.sqrt(np.sum((terms - weights[:, 0]) ** 2)))
+        error = 0.5 * math.sqrt(np.sum((terms - weights[:, 0]) ** 2))
+        kurtosis = np.sum(terms**2 / weights[:, 0])
+        drawn_error = 0.5 * math.sqrt(max(kurtosis - 1, 0.0) / MANY)
         shares = np.zeros(len(counts))
         shares[counts] = terms
-        found.append(Spread(label, _k_hat(terms), error, shares))
+        found.append(Spread(label, _k_hat(terms), error, drawn_error, shares))
     return found
 
 
