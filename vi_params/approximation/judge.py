@@ -32,15 +32,17 @@ class Judge(NamedTuple):
 
     Attributes:
         num_draws: of a batch.
-        draw: `key -> (latents, positions, log ratios)` of a batch.
+        block: a batch can be of fewer draws, a multiple of this.
+        draw: `(key, num_draws) -> (latents, positions, log ratios)` of a batch.
     """
 
     num_draws: int
-    draw: Callable[[jax.Array], tuple[Any, Any, np.ndarray]]
+    block: int
+    draw: Callable[[jax.Array, int], tuple[Any, Any, np.ndarray]]
 
-    def __call__(self, key: jax.Array) -> tuple[Weighted, Diagnosis]:
+    def __call__(self, key: jax.Array, num_draws: int | None = None) -> tuple[Weighted, Diagnosis]:
         """A batch, and what its weights say."""
-        latents, position, log_ratios = self.draw(key)
+        latents, position, log_ratios = self.draw(key, num_draws or self.num_draws)
         # A density that is not a number is outside the support.
         log_ratios = np.where(np.isnan(log_ratios), -np.inf, log_ratios)
         weighted = Weighted(latents, position, log_ratios, psis_on_host(log_ratios))
@@ -52,7 +54,7 @@ def judge_of_guide(target: Target, guide: Guide, params: Any, data: Any, num_dra
     """Judges any guide, by a program of its own."""
     is_short = at_once(num_draws, target, data) == num_draws
     drawn = program(_drawn, target, guide, num_draws, is_short)
-    return Judge(num_draws, lambda key: jax.device_get(drawn(params, key, data)))
+    return Judge(num_draws, num_draws, lambda key, _: jax.device_get(drawn(params, key, data)))
 
 
 def judge_of_proposal(
@@ -70,7 +72,7 @@ def judge_of_proposal(
     density, own = _density_of(target, data), pick(params, target.declared)
     size = min(BATCH, num_draws)
 
-    def draw(key: jax.Array) -> tuple[Any, Any, np.ndarray]:
+    def draw(key: jax.Array, num_draws: int) -> tuple[Any, Any, np.ndarray]:
         u = proposal.draw(generator(key), num_draws).astype(_dtype())
         # Programs run while the host goes on.
         parts = [density(own, u[begin : begin + size], data) for begin in range(0, num_draws, size)]
@@ -78,7 +80,7 @@ def judge_of_proposal(
         latents, log_p = joined(jax.device_get(parts), num_draws)
         return latents, u, log_p.astype(float) - log_q
 
-    return Judge(num_draws, draw)
+    return Judge(num_draws, size, draw)
 
 
 def compile_density(pool: Executor, target: Target, params: Any, data: Any) -> Any:

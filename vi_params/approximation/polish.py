@@ -30,8 +30,9 @@ from vi_params.target import Target, flat
 COMPONENTS = 16
 """How many components the mixture has."""
 
-DRAWS = 16000
-"""How many draws a round makes: few components of few draws leave out the neck of a funnel."""
+DRAWS, FEW_LATENTS, FEWER_DRAWS = 16000, 8, 8000
+"""How many draws a round makes: few components of few draws leave out the neck of a funnel; fewer
+are enough for few latents."""
 
 FREE = 32
 """The largest dimension in which the components are free in all directions."""
@@ -83,10 +84,11 @@ def polish(
     rounds = _rounds(target, begun.guide)
     _compile_params(pool, rounds, target, begun.noise.dtype)
     params_of = program(_params, rounds)
+    num_draws = DRAWS if flat(target).dim > FEW_LATENTS else FEWER_DRAWS
 
     def judged(now: Mixture) -> Candidate:
         params = {**begun.params, **params_of(now)}
-        judge = judge_of_proposal(target, mixture(now, DF), params, data, DRAWS)
+        judge = judge_of_proposal(target, mixture(now, DF), params, data, num_draws)
         solution = begun._replace(guide=rounds.guide, params=params)
         return once(POLISHED, solution, judge, next(keys), GOOD_SHARE)
 

@@ -151,18 +151,19 @@ class Approximation:
 
     def _choose(self, key: jax.Array, num_draws: int) -> tuple[dict[str, np.ndarray], jax.Array]:
         """Latents, on the host, and unconstrained vectors of `num_draws` draws."""
-        size = self.judge.num_draws
-        # So many batches that a draw is seldom taken twice; nearly none is where nearly all count.
-        ess = float(self.diagnosis.ess) if self.resampled else size
-        fresh = max(1.0, 0.5 * ess) if ess < NEARLY_ALL * size else size
-        batches = min(MOST_BATCHES, math.ceil(num_draws / fresh))
+        size, block = self.judge.num_draws, self.judge.block
+        # So many proposals that a draw is seldom taken twice: none where nearly all count.
+        share = float(self.diagnosis.ess) / int(self.diagnosis.num_draws) if self.resampled else 1.0
+        fresh = 1.0 if share > NEARLY_ALL else 0.5 * share
+        batches = min(MOST_BATCHES, math.ceil(num_draws / max(1.0, fresh * size)))
         batches = max(batches, math.ceil(num_draws / size))
+        size = min(size, block * math.ceil(num_draws / (fresh * batches * block)))
         each = math.ceil(num_draws / batches)
         parts = []
         for i in range(batches):
             propose, choose = (jax.random.fold_in(key, 2 * i + j) for j in range(2))
             with one_thread():
-                weighted, _ = self.judge(propose)
+                weighted, _ = self.judge(propose, size)
             if self.resampled:
                 index = resampled(choose, weighted.smoothed.log_weights)
             else:  # a batch is in any order
