@@ -44,10 +44,10 @@ def compile_usual(
     params, info, draws, response, _ = solve.ahead(pool, key, data, fixed, None)
     if response is None:
         response = expand.ahead(pool, params, draws, data)
-    params, _ = respond.ahead(pool, params, info, response)
+    params, _, _ = respond.ahead(pool, params, info, draws, response)
     guide = wide_tailed(target, name)
     compile_values(pool, guide, params)
     latents = compile_density(pool, target, params, data)
     compile_draws(pool, given, params, latents, data)
     if polished:
-        compile_polish(pool, target, guide, params, draws, data)
+        compile_polish(pool, target, guide, draws.dtype)

@@ -10,7 +10,6 @@ import numpy as np
 
 from vi_params._cache import program
 from vi_params._compile import Quick
-from vi_params._tree import pick
 from vi_params.approximation.candidate import Candidate, best_of, confirmed, once
 from vi_params.approximation.judge import judge_of_proposal
 from vi_params.approximation.proposals import mixture, values_of
@@ -20,11 +19,8 @@ from vi_params.guide import Guide
 from vi_params.guides.active_mixture import Across, Frame, Parts
 from vi_params.guides.mixture import Components
 from vi_params.importance import Weighted
-from vi_params.params import constrain
-from vi_params.solvers.linear_response import compile_gradients, gradients
-from vi_params.solvers.mixture_families import Mixture, slopes_at
+from vi_params.solvers.mixture_families import Mixture
 from vi_params.solvers.population_monte_carlo import DF, GOOD_SHARE, Population, population
-from vi_params.solvers.solution import Slopes, own_name
 from vi_params.target import Target, flat
 
 COMPONENTS = 16
@@ -36,10 +32,6 @@ are enough for few latents."""
 
 FREE = 32
 """The largest dimension in which the components are free in all directions."""
-
-REUSED = 128
-"""The largest dimension in which their gradients come from the program of linear response: its
-Hessians beside them take less time there than another program takes to compile."""
 
 ACTIVE = 4
 """Along how many directions they are free in more dimensions."""
@@ -95,10 +87,7 @@ def polish(
     def begin() -> Mixture:
         drawn = start.batches[0]
         position = np.asarray(drawn.position)[resampled(next(keys), drawn.smoothed.log_weights)]
-        slopes = None
-        if _num_active(target) is not None:
-            slopes = _slopes(target, start, position, data)
-        first = position[:COMPONENTS].astype(float)
+        first, slopes = position[:COMPONENTS].astype(float), jax.device_get(begun.slopes)
         return refit(rounds.begin(values_of(begun), first, drawn, slopes, np), drawn)
 
     def refit(now: Mixture, drawn: Weighted) -> Mixture:
@@ -136,26 +125,9 @@ def _settled(
     raise AssertionError  # rounds are counted
 
 
-def compile_polish(
-    pool: Executor, target: Target, start: Guide, params: Any, fixed_draws: Any, data: Any
-) -> None:
-    """Has compiled what `polish` needs from a Gaussian on, where it does not take gradients of its
-    own.
-
-    Args:
-        pool: whose threads compile.
-        target: what is approximated.
-        start: the guide it starts from.
-        params: its parameters, or their shapes and dtypes.
-        fixed_draws: those of the solution it comes from, shape (num_draws, dim).
-        data: the data.
-    """
-    dim = flat(target).dim
-    if dim > REUSED:
-        return
-    if _num_active(target) is not None:
-        compile_gradients(pool, target, own_name(start, "approximate"), params, fixed_draws, data)
-    _compile_params(pool, _rounds(target, start), target, fixed_draws.dtype)
+def compile_polish(pool: Executor, target: Target, start: Guide, dtype: Any) -> None:
+    """Has compiled, by threads of `pool`, what `polish` needs from a guide on."""
+    _compile_params(pool, _rounds(target, start), target, dtype)
 
 
 def _rounds(target: Target, start: Guide) -> Population:
@@ -171,26 +143,6 @@ def is_stale(shares: list[float]) -> bool:
     """Whether the last rounds were in vain, by the shares of effective draws of all."""
     before = shares[:-PATIENCE]
     return bool(before) and max(shares) < GAIN * max(before)
-
-
-def _slopes(target: Target, start: Candidate, position: np.ndarray, data: Any) -> Slopes:
-    """The gradients at draws of the posterior, as far as the start's weights give them."""
-    if flat(target).dim > REUSED:
-        drawn, own = start.batches[0], pick(start.solution.params, target.declared)
-        weights = drawn.smoothed.log_weights
-        return jax.device_get(program(_gradients, target)(own, drawn.position, weights, data))
-    number = len(start.solution.noise)
-    position = position[:number]
-    gradient = np.asarray(gradients(target, start.solution, position, data))
-    return Slopes(position, gradient, np.full(number, 1 / number))
-
-
-def _gradients(target: Target) -> Quick:
-    @Quick
-    def compiled(params: Any, position: jax.Array, log_weights: jax.Array, data: Any) -> Slopes:
-        return slopes_at(target, constrain(target.declared, params), position, log_weights, data)
-
-    return compiled
 
 
 def _params(rounds: Population) -> Quick:

@@ -8,12 +8,10 @@ and the rate at which a posterior mean moves under such a tilt is the posterior 
 Giordano, Broderick and Jordan (2018), Covariances, robustness, and variational Bayes, JMLR 19(51).
 """
 
-from concurrent.futures import Executor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from vi_params._cache import program
@@ -29,10 +27,10 @@ from vi_params.solvers.inverse_products import standard_error
 from vi_params.solvers.layout import Layout
 from vi_params.solvers.low_rank_response import build_low_rank
 from vi_params.solvers.solution import (
+    Slopes,
     Solution,
     SolverInfo,
     SolverStatus,
-    own_name,
     require_mean_field,
 )
 from vi_params.solvers.start import data_of
@@ -95,39 +93,13 @@ def linear_response(
     response = solution.response
     if response is None:
         response = expand(solution.params, solution.noise, data)
-    params, info = respond(solution.params, solution.info, response)
-    return Solution(guide, params, info, solution.noise)
-
-
-def gradients(target: Target, solution: Solution, position: np.ndarray, data: Any) -> jax.Array:
-    """The gradients of the log density at unconstrained vectors, by the program that found the
-    Hessians for a linear response: another one would take seconds to compile.
-
-    Args:
-        target: what was approximated.
-        solution: its dense linear response.
-        position: the vectors, as many as the solution has fixed draws, shape (num_draws, dim).
-        data: the data.
-    """
-    name = own_name(solution.guide, "linear_response")
-    loc = np.asarray(solution.params[name]["loc"])
-    unscaled = {"loc": loc, "scale": np.zeros_like(loc)}  # the draws u - loc of N(loc, 1) are at u
-    expand = prepared(whole(target), name)[1]
-    return expand({**solution.params, name: unscaled}, position - loc, data).slopes
-
-
-def compile_gradients(
-    pool: Executor, target: Target, name: str, params: Any, position: Any, data: Any
-) -> Any:
-    """Has the program of `gradients` compiled by a thread of `pool`; gives the gradients' shape."""
-    loc = params[name]["loc"]
-    params = {**params, name: {"loc": loc, "scale": loc}}
-    return prepared(whole(target), name)[1].ahead(pool, params, position, data).slopes
+    params, info, slopes = respond(solution.params, solution.info, solution.noise, response)
+    return Solution(guide, params, info, solution.noise, slopes=slopes)
 
 
 def prepared(target: Target, name: str) -> tuple[Guide, Quick, Quick]:
     """The guide, and the programs `(params, draws, data) -> Response` and
-    `(params, info, response) -> (params, info)`."""
+    `(params, info, draws, response) -> (params, info, Slopes)`."""
     return program(_build, target, name)
 
 
@@ -168,7 +140,7 @@ def _build(target: Target, name: str) -> tuple[Guide, Quick, Quick]:
         return Response(hessian, shares.reshape(2, -1, 2 * dim).mean(0), slopes)
 
     @Quick
-    def respond(params: Any, info: SolverInfo, response: Response) -> Any:
+    def respond(params: Any, info: SolverInfo, draws: jax.Array, response: Response) -> Any:
         own = params[name]
         scale = jnp.exp(own["scale"])
         # (m, log scale) in units of the scales: every block of the Hessian is then of order one.
@@ -192,6 +164,8 @@ def _build(target: Target, name: str) -> tuple[Guide, Quick, Quick]:
         status = jnp.where(definite, info.status, SolverStatus.INDEFINITE)
         info = info._replace(status=status, sampling_error=relative)
         rest = {key: params[key] for key in params if key != name}
-        return {**rest, **unconstrain(guide.declared, values)}, info
+        equal = jnp.full(len(draws), 1 / len(draws), draws.dtype)
+        slopes = Slopes(own["loc"] + scale * draws, response.slopes, equal)
+        return {**rest, **unconstrain(guide.declared, values)}, info, slopes
 
     return guide, expand, respond

@@ -29,7 +29,7 @@ from vi_params.solvers.mixture_families import (
     with_guard,
     without_guard,
 )
-from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus
+from vi_params.solvers.solution import Slopes, Solution, SolverInfo, SolverStatus
 from vi_params.solvers.start import data_of
 from vi_params.solvers.weighted_em import weighted_em
 from vi_params.target import Target
@@ -37,6 +37,9 @@ from vi_params.target import Target
 DF = 20
 """The degrees of freedom of the components. Few, as 5, leave most draws of 10 to 30 dimensions
 farther out than what they were fitted to; far tails are the guard's."""
+
+RELIABLE = 0.7
+"""The k-hat below which effective draws count as such."""
 
 GOOD_K_HAT, GOOD_SHARE = 0.5, 0.4
 """The rounds end below this k-hat, with at least this share of effective draws."""
@@ -68,7 +71,8 @@ def population_monte_carlo(
         num_components: of the mixture, beside the guard.
         num_active: along how many directions the components are free; None for all. Across them
             they are normal, with locations and scales of their own. The directions are the leading
-            eigenvectors of E[g g'], g the gradient of the log ratio of posterior and Gaussian.
+            eigenvectors of E[g g'], g the gradient of the log ratio of posterior and Gaussian, at
+            the fixed draws of a linear response, else at weighted draws.
         df: the components' degrees of freedom, a whole number.
         num_draws: draws a round, at least 25.
         max_steps: how many rounds at most; they end earlier where k-hat is below 0.5 and more than
@@ -76,8 +80,9 @@ def population_monte_carlo(
 
     Returns:
         A `Solution` with a `vi.guides.mixture` guide (`active_mixture` with `num_active`), that of
-        the round with the smallest k-hat among those seen; where none had one, the first, with
-        `info.elbo` NaN. `info.steps` counts rounds; CONVERGED says that they ended early.
+        the round with the most effective draws among those with a k-hat below 0.7, else of the one
+        with the smallest; where none had one, the first, with `info.elbo` NaN. `info.steps` counts
+        rounds; CONVERGED says that they ended early.
 
     Raises:
         ValueError: a number is too small, `num_active` exceeds the dimension, or `init` is no
@@ -107,7 +112,7 @@ def population_monte_carlo(
     guide, solve = program(
         _build, target, init.guide, num_components, num_active, df, num_draws, max_steps
     )
-    params, info = solve(init.params, key, data)
+    params, info = solve(init.params, key, data, init.slopes)
     return Solution(guide, params, info, jnp.zeros((0, 0)))
 
 
@@ -166,6 +171,13 @@ def _weigh(target: Target, guide: Guide, params: Any, noise: Any, data: Any) -> 
     return weigh(target, guide, params, noise, data, size, nan_is_outside=True)
 
 
+def _merit(drawn: Weighted) -> jax.Array:
+    """The share of effective draws where k-hat lets it be relied on; below zero elsewhere."""
+    smoothed = drawn.smoothed
+    share = smoothed.ess / len(drawn.log_ratios)
+    return jnp.where(smoothed.k_hat < RELIABLE, share, -smoothed.k_hat)
+
+
 def _build(
     target: Target,
     start: Guide,
@@ -179,7 +191,9 @@ def _build(
     (name,) = start.declared
 
     @Quick
-    def solve(start_params: Any, key: jax.Array, data: Any) -> tuple[Any, SolverInfo]:
+    def solve(
+        start_params: Any, key: jax.Array, data: Any, slopes: Slopes | None
+    ) -> tuple[Any, SolverInfo]:
         keys = jax.random.split(key, max_steps + 2)
         model = pick(start_params, target.declared)
 
@@ -195,14 +209,13 @@ def _build(
             i, now, drawn, best, best_drawn = carry
             now = rounds.refit(now, drawn)
             drawn = drawn_from(rounds.guide, params_of(now), keys[i + 2])
-            better = drawn.smoothed.k_hat < best_drawn.smoothed.k_hat  # never where it is NaN
+            better = _merit(drawn) > _merit(best_drawn)  # never where it is NaN
             best, best_drawn = where_tree(better, (now, drawn), (best, best_drawn))
             return i + 1, now, drawn, best, best_drawn
 
         drawn = drawn_from(start, start_params, keys[0])
         weights = drawn.smoothed.log_weights
-        slopes = None
-        if num_active is not None:
+        if num_active is not None and slopes is None:
             values = constrain(target.declared, model)
             slopes = slopes_at(target, values, drawn.position, weights, data)
         own = constrain(start.declared, pick(start_params, start.declared))[name]

@@ -115,6 +115,7 @@ class Solution(NamedTuple):
             would be large, and for other solvers.
         lanes: `(params, response)` of every lane of `vi.solvers.deterministic`, leading axis the
             lanes; None for other solvers.
+        slopes: the `Slopes` at the fixed draws, of `vi.linear_response`; None for other solvers.
     """
 
     guide: Guide
@@ -123,6 +124,7 @@ class Solution(NamedTuple):
     noise: jax.Array
     response: Any = None
     lanes: Any = None
+    slopes: Slopes | None = None
 
     def __str__(self) -> str:
         error = self.info.sampling_error
