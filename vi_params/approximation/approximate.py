@@ -62,7 +62,7 @@ def approximate(
     distinct optima were found, their mixture; where that is not good enough, a mixture of Student-t
     distributions polished by population Monte Carlo, in all directions in up to 32 dimensions and
     along the most active ones in up to 500. It stops at the first that is good: k-hat below 0.5 and
-    a fifth of the draws effective (two fifths for the mixture, which was fitted to such weights).
+    a fifth of the draws effective (0.6 and two fifths for the mixture, which gains little more).
     Trusted is what has a k-hat below 0.7 in two independent judgements and 15 % of the draws
     effective; of several, of those whose log evidence shows that they miss no mass the most
     effective, a k-hat above 0.5 counted against it. Every latent's spread must show, too: the

@@ -15,7 +15,6 @@ from vi_params.diagnostics.diagnose import threshold
 from vi_params.guide import Guide
 from vi_params.guides import contaminated_normal
 from vi_params.importance import Weighted
-from vi_params.solvers.population_monte_carlo import GOOD_K_HAT
 from vi_params.solvers.solution import Solution
 from vi_params.target import Target
 
@@ -30,8 +29,11 @@ than chance makes between two that are to be trusted."""
 HEAVY = 0.7
 """What a share of effective draws counts for where their weights have a heavy tail."""
 
-ENOUGH = 0.2
-"""The share of effective draws above which there is nothing left to gain."""
+LIGHT = 0.5
+"""The k-hat below which a tail is light: the weights have a variance."""
+
+GOOD = LIGHT, 0.2
+"""The k-hat below which, and the share of effective draws above which, nothing is left to gain."""
 
 
 class Candidate(NamedTuple):
@@ -45,7 +47,7 @@ class Candidate(NamedTuple):
         judge: makes further ones.
         spread: the standard deviation that these draws show least; None of a first judgement, by
             one batch.
-        enough: the share of effective draws above which it is good enough.
+        good: the k-hat and the share of effective draws at which it is good enough.
     """
 
     name: str
@@ -54,7 +56,7 @@ class Candidate(NamedTuple):
     batches: tuple[Weighted, ...]
     judge: Judge
     spread: Spread | None = None
-    enough: float = ENOUGH
+    good: tuple[float, float] = GOOD
 
     @property
     def k_hat(self) -> float:
@@ -69,12 +71,13 @@ class Candidate(NamedTuple):
     @property
     def merit(self) -> float:
         """The share of effective draws, of less worth where the tail is heavy."""
-        return self.share if self.k_hat < GOOD_K_HAT else HEAVY * self.share
+        return self.share if self.k_hat < LIGHT else HEAVY * self.share
 
     @property
     def is_good(self) -> bool:
         """Whether there is nothing left to gain."""
-        return self.k_hat < GOOD_K_HAT and self.share > self.enough and self.is_shown
+        k_hat, share = self.good
+        return self.k_hat < k_hat and self.share > share and self.is_shown
 
     @property
     def is_shown(self) -> bool:
@@ -93,11 +96,15 @@ def judged(name: str, solution: Solution, judge: Judge, keys: Iterator[jax.Array
 
 
 def once(
-    name: str, solution: Solution, judge: Judge, key: jax.Array, enough: float = ENOUGH
+    name: str,
+    solution: Solution,
+    judge: Judge,
+    key: jax.Array,
+    good: tuple[float, float] = GOOD,
 ) -> Candidate:
     """The candidate of a solution, by one batch of draws."""
     drawn, diagnosis = judge(key)
-    return Candidate(name, solution, diagnosis, (drawn,), judge, enough=enough)
+    return Candidate(name, solution, diagnosis, (drawn,), judge, good=good)
 
 
 def confirmed(one: Candidate, key: jax.Array) -> Candidate:
@@ -165,4 +172,4 @@ def best_of(candidates: list[Candidate]) -> Candidate:
         least = max(evidences) - MISSED
         whole = [one for one, e in zip(trusted, evidences, strict=True) if e >= least]
         return max(whole, key=lambda one: (one.is_shown, one.merit))
-    return min(candidates, key=lambda one: (max(one.k_hat, GOOD_K_HAT), -one.share))
+    return min(candidates, key=lambda one: (max(one.k_hat, LIGHT), -one.share))

@@ -20,7 +20,7 @@ from vi_params.guides.active_mixture import Across, Frame, Parts
 from vi_params.guides.mixture import Components
 from vi_params.importance import Weighted
 from vi_params.solvers.mixture_families import Mixture
-from vi_params.solvers.population_monte_carlo import DF, GOOD_SHARE, Population, population
+from vi_params.solvers.population_monte_carlo import DF, GOOD, Population, population
 from vi_params.target import Target, flat
 
 COMPONENTS = 16
@@ -82,7 +82,7 @@ def polish(
         params = {**begun.params, **params_of(now)}
         judge = judge_of_proposal(target, mixture(now, DF), params, data, num_draws)
         solution = begun._replace(guide=rounds.guide, params=params)
-        return once(POLISHED, solution, judge, next(keys), GOOD_SHARE)
+        return once(POLISHED, solution, judge, next(keys), GOOD)
 
     def begin() -> Mixture:
         drawn = start.batches[0]

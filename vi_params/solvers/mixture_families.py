@@ -21,7 +21,7 @@ from vi_params.guides.mixture import Components, log_terms
 from vi_params.importance import Smoothed, at_once
 from vi_params.params import unconstrain
 from vi_params.solvers.solution import Slopes, own_name
-from vi_params.solvers.weighted_em import PRIOR, moments
+from vi_params.solvers.weighted_em import moments, prior_draws
 from vi_params.target import Target, flat
 
 SPREAD = 0.8
@@ -151,7 +151,7 @@ def with_guard(found: Mixture, y: Any, smoothed: Smoothed, xp: Any = jnp) -> Mix
     num_active = along.locs.shape[1]
     centre, root = moments(y[:, :num_active], weights, xp)
     mean = weights @ y[:, num_active:]
-    known = smoothed.ess / (smoothed.ess + PRIOR)
+    known = smoothed.ess / (smoothed.ess + prior_draws(across.locs.shape[1]))
     variance = known * (weights @ (y[:, num_active:] - mean) ** 2) + (1 - known)
     guard = centre, WIDE * root, mean, xp.sqrt(variance)
     instead = along.locs[0], WIDE * along.scale_trils[0], across.locs[0], across.scales[0]

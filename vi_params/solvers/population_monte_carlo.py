@@ -41,7 +41,7 @@ farther out than what they were fitted to; far tails are the guard's."""
 RELIABLE = 0.7
 """The k-hat below which effective draws count as such."""
 
-GOOD_K_HAT, GOOD_SHARE = 0.5, 0.4
+GOOD = 0.6, 0.4
 """The rounds end below this k-hat, with at least this share of effective draws."""
 
 
@@ -75,7 +75,7 @@ def population_monte_carlo(
             the fixed draws of a linear response, else at weighted draws.
         df: the components' degrees of freedom, a whole number.
         num_draws: draws a round, at least 25.
-        max_steps: how many rounds at most; they end earlier where k-hat is below 0.5 and more than
+        max_steps: how many rounds at most; they end earlier where k-hat is below 0.6 and more than
             two fifths of the draws are effective.
 
     Returns:
@@ -162,7 +162,7 @@ def is_good(drawn: Weighted) -> jax.Array:
     """Whether there is nothing left to gain."""
     smoothed = drawn.smoothed
     share = smoothed.ess / len(drawn.log_ratios)
-    return (smoothed.k_hat < GOOD_K_HAT) & (share > GOOD_SHARE)
+    return (smoothed.k_hat < GOOD[0]) & (share > GOOD[1])
 
 
 def _weigh(target: Target, guide: Guide, params: Any, noise: Any, data: Any) -> Weighted:

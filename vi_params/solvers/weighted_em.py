@@ -30,8 +30,10 @@ SWEEPS = 3
 RARE = 1e-3
 """A component of less weight than this stays where it is."""
 
-PRIOR = 10.0
-"""For how many draws it counts that, across, a component is the standard normal."""
+PRIOR, PRIOR_PER_SCALE = 10.0, 0.5
+"""For how many draws it counts that, across, a component is the standard normal: for at least so
+many, and for so many a coordinate. The logarithm of a scale found by n draws is off by about
+1 / sqrt(2 n), and the errors of many scales add up."""
 
 PLANE = 0.1
 """How much a covariance of draws is drawn towards its diagonal: few of them can lie in a plane."""
@@ -52,7 +54,7 @@ def weighted_em(now: Parts, y: Any, weights: Any, df: int, xp: Any = jnp) -> Par
     """
     num_active = now.along.locs.shape[1]
     a, b = y[:, :num_active], y[:, num_active:]
-    b_squares = b**2
+    b_squares, prior = b**2, prior_draws(b.shape[1])
     # In units of the draws themselves little is lost where squares are multiplied out.
     mean, root = moments(a, weights, xp)
     root = where(all_finite(root, xp), root, xp.eye(num_active, dtype=y.dtype), xp)
@@ -95,7 +97,7 @@ def weighted_em(now: Parts, y: Any, weights: Any, df: int, xp: Any = jnp) -> Par
             before = old.along.scale_trils @ old.along.scale_trils.T
             root = cholesky((1 - kept) * covariance + kept * before, xp)
 
-            known = effective / (effective + PRIOR)
+            known = effective / (effective + prior)
             centre = known * b_sum / weight
             spread = (b_sum_of_squares - 2 * centre * b_sum) / weight + centre**2
             variance = known * spread + (1 - known)
@@ -117,6 +119,11 @@ def weighted_em(now: Parts, y: Any, weights: Any, df: int, xp: Any = jnp) -> Par
     along, across = repeated(SWEEPS, sweep, Parts(along, now.across), xp)
     along = along._replace(locs=along.locs @ root.T + mean, scale_trils=root @ along.scale_trils)
     return where(all_finite((along, across), xp), Parts(along, across), now, xp)
+
+
+def prior_draws(num_across: int) -> float:
+    """For how many draws the prior of as many scales counts."""
+    return max(PRIOR, PRIOR_PER_SCALE * num_across)
 
 
 def moments(y: Any, weights: Any, xp: Any = jnp) -> tuple[Any, Any]:
