@@ -69,16 +69,6 @@ def logsumexp(x: Any, axis: int = 0, xp: Any = jnp) -> Any:
         return np.log(np.sum(np.exp(x - shift), axis=axis)) + np.squeeze(shift, axis)
 
 
-def all_finite(tree: Any, xp: Any = jnp) -> Any:
-    """Whether every entry of every leaf is finite."""
-    return xp.all(xp.stack([xp.all(xp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
-
-
-def where(condition: Any, new: Any, old: Any, xp: Any = jnp) -> Any:
-    """`new` where a condition holds, else `old`, leaf by leaf."""
-    return jax.tree.map(lambda a, b: xp.where(condition, a, b), new, old)
-
-
 def one_thread() -> threadpool_limits:
     """A context in which numpy multiplies matrices by one thread: on few cores more of them and
     those of JAX wait for each other."""

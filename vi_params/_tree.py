@@ -83,21 +83,22 @@ def is_key(x: Any) -> bool:
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def all_finite(*trees: Any) -> jax.Array:
-    """Whether every entry of every inexact leaf is finite; a scalar."""
+def all_finite(*trees: Any, xp: Any = jnp) -> Any:
+    """Whether every entry of every inexact leaf is finite; a scalar, by jax.numpy or numpy."""
     leaves = [x for x in jax.tree.leaves(trees) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
-    finite = [jnp.all(jnp.isfinite(x)) for x in leaves]
-    return jnp.all(jnp.stack(finite)) if finite else jnp.bool_(True)
+    finite = [xp.all(xp.isfinite(x)) for x in leaves]
+    return xp.all(xp.stack(finite)) if finite else xp.bool_(True)
 
 
-def where_tree(condition: jax.Array, new: Any, old: Any) -> Any:
-    """`new` where the scalar condition holds, else `old`, leaf by leaf; random keys included."""
+def where_tree(condition: Any, new: Any, old: Any, xp: Any = jnp) -> Any:
+    """`new` where the scalar condition holds, else `old`, leaf by leaf; random keys included, where
+    `xp` is jax.numpy."""
 
     def choose(a: Any, b: Any) -> Any:
         if is_key(a):
             data = jnp.where(condition, jax.random.key_data(a), jax.random.key_data(b))
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(a))
-        return jnp.where(condition, a, b)
+        return xp.where(condition, a, b)
 
     return jax.tree.map(choose, new, old)
 

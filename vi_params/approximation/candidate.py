@@ -92,7 +92,7 @@ class Candidate(NamedTuple):
 
 def judged(name: str, solution: Solution, judge: Judge, keys: Iterator[jax.Array]) -> Candidate:
     """The candidate of a solution, by two batches of draws."""
-    return confirmed(once(name, solution, judge, next(keys)), next(keys))
+    return confirmed(*(once(name, solution, judge, next(keys)) for _ in range(2)))
 
 
 def once(
@@ -107,10 +107,11 @@ def once(
     return Candidate(name, solution, diagnosis, (drawn,), judge, good=good)
 
 
-def confirmed(one: Candidate, key: jax.Array) -> Candidate:
-    """The candidate judged once more."""
-    drawn, diagnosis = one.judge(key)
-    found = one._replace(diagnosis=worse(one.diagnosis, diagnosis), batches=(*one.batches, drawn))
+def confirmed(one: Candidate, again: Candidate) -> Candidate:
+    """A candidate that was judged again."""
+    found = one._replace(
+        diagnosis=worse(one.diagnosis, again.diagnosis), batches=one.batches + again.batches
+    )
     if not found.is_trustworthy:
         return found
     return found._replace(spread=worst_spread(*found.batches))

@@ -74,11 +74,16 @@ def judge_of_proposal(
 
     def draw(key: jax.Array, num_draws: int) -> tuple[Any, Any, np.ndarray]:
         u = proposal.draw(generator(key), num_draws).astype(_dtype())
-        # Programs run while the host goes on.
-        parts = [density(own, u[begin : begin + size], data) for begin in range(0, num_draws, size)]
-        log_q = proposal.log_prob(u.astype(float))
-        latents, log_p = joined(jax.device_get(parts), num_draws)
-        return latents, u, log_p.astype(float) - log_q
+        parts = []
+        for begin in range(0, num_draws, size):
+            block = u[begin : begin + size]
+            # It runs while the host goes on; several at once could wait for each other (`_over`).
+            running = density(own, block, data)
+            log_q = proposal.log_prob(block.astype(float))
+            latents, log_p = jax.device_get(running)
+            parts.append((latents, log_p.astype(float) - log_q))
+        latents, log_ratios = joined(parts, num_draws)
+        return latents, u, log_ratios
 
     return Judge(num_draws, size, draw)
 

@@ -93,12 +93,12 @@ def polish(
     def refit(now: Mixture, drawn: Weighted) -> Mixture:
         return rounds.refit(now, drawn, np)
 
-    now, found = _settled(begin(), judged, refit, keys)
+    now, found = _settled(begin(), judged, refit)
     for _ in range(WIDENED):
         if not found.is_trustworthy or found.is_shown:
             break
         now = refit(now, towards_spreads(*found.batches))
-        wider = confirmed(judged(now), next(keys))
+        wider = confirmed(judged(now), judged(now))
         found = wider if wider.is_trustworthy else found
     return found
 
@@ -107,7 +107,6 @@ def _settled(
     now: Mixture,
     judged: Callable[[Mixture], Candidate],
     refit: Callable[[Mixture, Weighted], Mixture],
-    keys: Iterator[jax.Array],
 ) -> tuple[Mixture, Candidate]:
     """The best mixture of some rounds, judged twice."""
     mixtures, tried = [now], [judged(now)]
@@ -115,11 +114,12 @@ def _settled(
         if tried[-1].is_good or is_stale([one.share for one in tried]) or made == ROUNDS:
             best = best_of(tried)
             now = mixtures[[one is best for one in tried].index(True)]
-            found = confirmed(best, next(keys))
+            again = judged(now)
+            found = confirmed(best, again)
             if found.is_trustworthy or not best.is_trustworthy or made == ROUNDS:
                 return now, found
             # The best of many rounds was lucky; these draws show what it left out.
-            mixtures, tried = [now], [best._replace(batches=found.batches[1:])]
+            mixtures, tried = [now], [again]
         mixtures.append(refit(mixtures[-1], tried[-1].batches[0]))
         tried.append(judged(mixtures[-1]))
     raise AssertionError  # rounds are counted

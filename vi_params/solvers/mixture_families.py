@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vi_params._arrays import all_finite, where
 from vi_params._over import over
+from vi_params._tree import all_finite, where_tree
 from vi_params.guide import Guide
 from vi_params.guides import active_mixture, mixture
 from vi_params.guides.active_mixture import Across, Frame, Parts
@@ -155,7 +155,7 @@ def with_guard(found: Mixture, y: Any, smoothed: Smoothed, xp: Any = jnp) -> Mix
     variance = known * (weights @ (y[:, num_active:] - mean) ** 2) + (1 - known)
     guard = centre, WIDE * root, mean, xp.sqrt(variance)
     instead = along.locs[0], WIDE * along.scale_trils[0], across.locs[0], across.scales[0]
-    centre, root, mean, scale = where(all_finite(guard, xp), guard, instead, xp)
+    centre, root, mean, scale = where_tree(all_finite(guard, xp=xp), guard, instead, xp)
     along = Components(
         xp.append((1 - GUARD) * along.weights, GUARD),
         xp.concatenate([along.locs, centre[None]]),

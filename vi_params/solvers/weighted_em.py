@@ -20,7 +20,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from vi_params._arrays import all_finite, cholesky, in_turn, inverse_lower, repeated, where
+from vi_params._arrays import cholesky, in_turn, inverse_lower, repeated
+from vi_params._tree import all_finite, where_tree
 from vi_params.guides.active_mixture import Across, Parts, exact, log_normals
 from vi_params.guides.mixture import Components, log_elliptical, log_weights
 
@@ -57,7 +58,7 @@ def weighted_em(now: Parts, y: Any, weights: Any, df: int, xp: Any = jnp) -> Par
     b_squares, prior = b**2, prior_draws(b.shape[1])
     # In units of the draws themselves little is lost where squares are multiplied out.
     mean, root = moments(a, weights, xp)
-    root = where(all_finite(root, xp), root, xp.eye(num_active, dtype=y.dtype), xp)
+    root = where_tree(all_finite(root, xp=xp), root, xp.eye(num_active, dtype=y.dtype), xp)
     inverse = inverse_lower(root, xp)
     a = inverse @ (a - mean).T
     rows, columns = np.tril_indices(num_active)
@@ -102,9 +103,9 @@ def weighted_em(now: Parts, y: Any, weights: Any, df: int, xp: Any = jnp) -> Par
             spread = (b_sum_of_squares - 2 * centre * b_sum) / weight + centre**2
             variance = known * spread + (1 - known)
             new = loc, root, Across(centre, xp.sqrt(variance))
-            usable = (weight > RARE) & all_finite(new, xp)
+            usable = (weight > RARE) & all_finite(new, xp=xp)
             before = old.along.locs, old.along.scale_trils, old.across
-            loc, root, across = where(usable, new, before, xp)
+            loc, root, across = where_tree(usable, new, before, xp)
             weight = xp.maximum(weight, xp.finfo(y.dtype).eps)
             return Parts(Components(weight, loc, root), across)
 
@@ -118,7 +119,7 @@ def weighted_em(now: Parts, y: Any, weights: Any, df: int, xp: Any = jnp) -> Par
     )
     along, across = repeated(SWEEPS, sweep, Parts(along, now.across), xp)
     along = along._replace(locs=along.locs @ root.T + mean, scale_trils=root @ along.scale_trils)
-    return where(all_finite((along, across), xp), Parts(along, across), now, xp)
+    return where_tree(all_finite((along, across), xp=xp), Parts(along, across), now, xp)
 
 
 def prior_draws(num_across: int) -> float:
