@@ -100,7 +100,8 @@ def test_it_holds_few_instances_of_the_model():
 
 
 def test_a_polished_hierarchy_compiles_the_model_twice(monkeypatch):
-    """One program with its derivatives and one without: pilot, rounds and draws need no other."""
+    """One program with its derivatives and one without: pilot, rounds and draws need no other,
+    where there are no deterministic sites."""
     called = set()
     own = Quick.__call__
 
@@ -379,10 +380,14 @@ def test_which_of_several_is_taken(candidates, best):
 
 
 def test_those_whose_spreads_show_come_first():
+    """Before those of larger merit, but only among what is to be trusted."""
     unshown = tried(0.2, 0.9)._replace(spread=Spread("x", 0.9, 0.1))
     shown = tried(0.3, 0.4)._replace(spread=Spread("x", 0.9, 0.01))
     assert best_of([unshown, shown]) is shown
     assert not unshown.is_good
+    hopeless = tried(0.2, 0.9)._replace(spread=Spread("x", 0.5, 0.01, drawn_error=0.2))
+    assert hopeless.is_good  # other draws gain nothing
+    assert not hopeless.is_shown
     assert best_of([unshown, tried(0.75, 0.9)]) is unshown
 
 
@@ -440,6 +445,7 @@ def test_a_mixture_is_fitted_to_the_spread_that_does_not_show():
 
 
 def test_one_of_two_batches_can_be_lucky():
+    """The worst of two batches counts, by standard error and k-hat together."""
     assert Spread("x", 0.9, 0.02).is_shown
     assert not Spread("x", 0.8, 0.04).is_shown
     assert Spread("x", 0.7, 0.04).is_shown

@@ -19,6 +19,7 @@ from vi_params.solvers.solution import Slopes
 from vi_params.solvers.weighted_em import weighted_em
 
 KEY = jax.random.key(0)
+enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 LOCS = np.array([[0.0, 1.0], [3.0, -2.0]])
 ROOTS = np.array([[[1.0, 0.0], [0.5, 0.7]], [[0.4, 0.0], [-0.3, 1.5]]])
 WEIGHTS = np.array([0.3, 0.7])
@@ -106,6 +107,25 @@ def test_em_on_equal_weights_raises_the_likelihood():
     np.testing.assert_allclose(covariances, ROOTS @ ROOTS.swapaxes(1, 2), atol=0.4)
 
 
+def test_em_keeps_narrow_components_in_float32():
+    """Two components 2000 times as narrow as they are apart: their variances are those of the
+    draws."""
+    random = np.random.default_rng(0)
+    u = np.concatenate([side + 1e-3 * random.standard_normal((500, 2)) for side in (-1.0, 1.0)])
+    start = Components(
+        jnp.array([0.5, 0.5]),
+        jnp.array([[-1.0, -1.0], [1.0, 1.0]]),
+        jnp.tile(2e-3 * jnp.eye(2), (2, 1, 1)),
+    )
+    nothing = Across(jnp.zeros((2, 0)), jnp.ones((2, 0)))
+    parts = Parts(start, nothing)
+    em = jax.jit(lambda parts: weighted_em(parts, jnp.float32(u), jnp.full(1000, 1e-3), 1000))
+    for _ in range(4):
+        parts = em(parts)
+    scales = np.sqrt(np.sum(np.asarray(parts.along.scale_trils) ** 2, axis=2))
+    np.testing.assert_allclose(scales, 1e-3, rtol=0.1)
+
+
 ACTIVE = vi.target(lambda v, z, d: jnp.zeros(()), {"z": vi.Latent((4,))})
 TURN = stats.ortho_group.rvs(4, random_state=0)
 TRIANGLE = np.tril(stats.norm.rvs(size=(4, 4), random_state=1), -1) + np.diag([1.0, 2.0, 0.5, 1.5])
@@ -170,14 +190,16 @@ def bent(values, latents, data):
     return dist.Normal(0.0, 1.0).log_prob(z[0]) + bend + rest
 
 
-def test_population_monte_carlo_along_few_directions():
+@pytest.mark.parametrize("has_slopes", [True, False])
+def test_population_monte_carlo_along_few_directions(has_slopes):
     """Where the weights of a Gaussian are few, those of the mixture are many, and their draws have
-    the moments in closed form."""
+    the moments in closed form: by directions from linear response, or from weighted draws."""
     target = vi.target(bent, {"z": vi.Latent((40,))})
     start = vi.linear_response(target, vi.solvers.deterministic(target, KEY))
+    start = start if has_slopes else start._replace(slopes=None)
     found = vi.solvers.population_monte_carlo(target, KEY, init=start, num_active=2, max_steps=8)
-    before = vi.diagnose(target, start.guide, start.params, KEY)
-    after = vi.diagnose(target, found.guide, found.params, KEY)
+    before = vi.diagnose(target, start.guide, start.params, KEY, num_draws=16_000)
+    after = vi.diagnose(target, found.guide, found.params, KEY, num_draws=16_000)
     assert after.k_hat < 0.7
     assert after.ess > 1.5 * before.ess
     assert before.log_evidence < -0.1
@@ -231,7 +253,7 @@ def test_a_round_is_the_same_in_a_program_and_on_the_host(num_active):
         first = rounds.begin(*jax.tree.map(xp.asarray, (own, u[:3], drawn, slopes)), xp)
         return rounds.refit(first, jax.tree.map(xp.asarray, drawn), xp)
 
-    with jax.enable_x64():
+    with enable_x64(True):
         here, there = run(np), jax.jit(lambda: run(jnp))()
     for one, other in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True):
         assert isinstance(one, np.ndarray)

@@ -4,7 +4,9 @@ Mathematics of a few small matrices and many numbers takes longer to compile tha
 where it runs, in a program (jax.numpy) or on the host (numpy).
 """
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -27,7 +29,7 @@ def in_turn(f: Callable[[Any], Any], rows: Any, xp: Any = jnp) -> Any:
 
 
 def repeated(number: int, f: Callable[[Any], Any], x: Any, xp: Any = jnp) -> Any:
-    """F of f of ... of x."""
+    """f applied `number` times to x."""
     if xp is jnp:
         return lax.fori_loop(0, number, lambda _, x: f(x), x)
     for _ in range(number):
@@ -45,18 +47,19 @@ def cholesky(a: Any, xp: Any = jnp) -> Any:
         return np.full_like(a, np.nan)
 
 
-def solve_lower(root: Any, b: Any, xp: Any = jnp) -> Any:
-    """The product of the inverse of a lower triangular matrix with another matrix."""
-    if xp is jnp:
-        return jax.scipy.linalg.solve_triangular(root, b, lower=True)
-    return inverse_lower(root, np) @ b
-
-
 def inverse_lower(root: Any, xp: Any = jnp) -> Any:
-    """The inverse of a lower triangular matrix; on the host in float64."""
+    """The inverse of a lower triangular matrix, not finite where there is none; on the host in
+    float64."""
     if xp is jnp:
-        return solve_lower(root, jnp.eye(len(root), dtype=root.dtype))
-    return _inverse(root, lower=1)[0]
+        identity = jnp.eye(len(root), dtype=root.dtype)
+        return jax.scipy.linalg.solve_triangular(root, identity, lower=True)
+    inverse, failed = _inverse(root, lower=1)
+    return np.full_like(inverse, np.nan) if failed else inverse
+
+
+def exact(a: Any, b: Any, xp: Any = jnp) -> Any:
+    """The product of matrices, in full precision on accelerators too: sums of squares cancel."""
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST) if xp is jnp else a @ b
 
 
 def logsumexp(x: Any, axis: int = 0, xp: Any = jnp) -> Any:
@@ -65,11 +68,36 @@ def logsumexp(x: Any, axis: int = 0, xp: Any = jnp) -> Any:
         return jax.scipy.special.logsumexp(x, axis=axis)
     largest = np.max(x, axis=axis, keepdims=True)
     shift = np.where(np.isfinite(largest), largest, 0.0)
-    with np.errstate(divide="ignore"):  # of nothing but zeros
-        return np.log(np.sum(np.exp(x - shift), axis=axis)) + np.squeeze(shift, axis)
+    return np.log(np.sum(np.exp(x - shift), axis=axis)) + np.squeeze(shift, axis)
 
 
-def one_thread() -> threadpool_limits:
-    """A context in which numpy multiplies matrices by one thread: on few cores more of them and
-    those of JAX wait for each other."""
-    return threadpool_limits(1, user_api="blas")
+class _OneThread:
+    """Numpy's matrix products by one thread, from the first that asks for it to the last one's
+    end: the number of threads is the process's."""
+
+    def __init__(self) -> None:
+        self.lock, self.users, self.limits = threading.Lock(), 0, None
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.users += 1
+            if self.limits is None:
+                self.limits = threadpool_limits(1, user_api="blas")
+
+    def __exit__(self, *_: Any) -> None:
+        with self.lock:
+            self.users -= 1
+            if self.users == 0 and self.limits is not None:
+                self.limits.restore_original_limits()
+                self.limits = None
+
+
+_ONE_THREAD = _OneThread()
+
+
+@contextlib.contextmanager
+def on_host() -> Iterator[None]:
+    """In it numpy is as silent about what is not finite as programs are, and multiplies matrices by
+    one thread: on few cores more of them and those of JAX wait for each other."""
+    with np.errstate(all="ignore"), _ONE_THREAD:
+        yield

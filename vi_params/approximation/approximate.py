@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vi_params._arrays import one_thread
+from vi_params._arrays import on_host
 from vi_params._check import explain, require_count, require_key
 from vi_params._compile import compiler
 from vi_params._table import Table
@@ -58,17 +58,21 @@ def approximate(
     """A posterior approximation with a verdict, nothing to be tuned.
 
     Fixed-draw mean-field from several starts, covariances by linear response, a judgement by
-    Pareto-smoothed importance sampling, its tails widened (`vi.guides.contaminated_normal`); where
-    distinct optima were found, their mixture; where that is not good enough, a mixture of Student-t
-    distributions polished by population Monte Carlo, in all directions in up to 32 dimensions and
-    along the most active ones in up to 500. It stops at the first that is good: k-hat below 0.5 and
-    a fifth of the draws effective (0.6 and two fifths for the mixture, which gains little more).
-    Trusted is what has a k-hat below 0.7 in two independent judgements and 15 % of the draws
-    effective; of several, of those whose log evidence shows that they miss no mass the most
-    effective, a k-hat above 0.5 counted against it. Every latent's spread must show, too: the
-    standard error of the logarithm of its standard deviation may be 0.045, and where the k-hat of
-    its second moment exceeds 0.75, 0.03; that of 4000 draws of the posterior itself, 0.075. Where
-    one does not, the mixture is fitted to what second moments depend on, too.
+    Pareto-smoothed importance sampling, its tails widened (`vi.guides.contaminated_normal`, in up
+    to 1000 dimensions); where distinct optima were found, their mixture; where that is not good
+    enough, a mixture of Student-t distributions polished by population Monte Carlo, in all
+    directions in up to 32 dimensions and along the most active ones in up to 500. It stops at the
+    first that is good: k-hat below 0.5, a fifth of the draws effective and no spread that other
+    draws might show; for the polished mixture, which gains little more, 0.6 and two fifths.
+
+    Trusted is what has a k-hat below 0.7 in two independent judgements, 15 % of the draws effective
+    and spreads that show; of several, of those whose log evidence shows that they miss no mass, one
+    whose spreads show before others, and then the most effective, a k-hat above 0.5 counted against
+    it. The spread of a latent shows where the standard error of the logarithm of its standard
+    deviation is at most 0.045, or 0.03 if the k-hat of its second moment exceeds 0.75, and where
+    its kurtosis is such that 4000 draws of the posterior itself have it with at most 0.075. Where a
+    trusted mixture does not show one, up to two more rounds fit it to what second moments depend
+    on.
 
     Hierarchies of NumPyro programs are approximated in partially centred coordinates where
     `vi.recentred` has them; how far each latent is centred, a pilot decides by how much the data
@@ -117,7 +121,7 @@ def approximate(
     require_count(lanes, "lanes", "approximate")
     target = _usable(whole(target))
     given, target = target, recentring(target) or target
-    with compiler() as pool, one_thread():
+    with compiler() as pool, on_host():
         candidates = _tried(pool, given, target, key, data, lanes, polish, flow)
     return _conclude(given, target, candidates, data)
 
@@ -239,9 +243,7 @@ def _verdict(best: Candidate, first: SolverInfo) -> str:
     if best.is_trustworthy and spread is not None:
         return (
             f"Do not trust this ({found}): draws like these do not show the spread of "
-            f"{spread.name}, whose tail is so heavy (k-hat {spread.k_hat:.2f} of its second "
-            f"moment; standard error {max(spread.error, spread.drawn_error):.3f} of the logarithm "
-            "of its standard deviation). Use quantiles, or MCMC with many draws; .nuts_start(key) "
+            f"{spread.name}: {spread}. Use quantiles, or MCMC with many draws; .nuts_start(key) "
             "gives it starting points and a mass matrix. Draws are importance-resampled."
         )
     if math.isnan(k_hat):

@@ -26,7 +26,7 @@ MISSED = 0.15
 """By how many nats less log evidence one approximation shows that it misses mass of another: more
 than chance makes between two that are to be trusted."""
 
-HEAVY = 0.7
+DISCOUNT = 0.7
 """What a share of effective draws counts for where their weights have a heavy tail."""
 
 LIGHT = 0.5
@@ -45,8 +45,8 @@ class Candidate(NamedTuple):
         diagnosis: the worse of two judgements by independent draws: one can be lucky.
         batches: these draws.
         judge: makes further ones.
-        spread: the standard deviation that these draws show least; None of a first judgement, by
-            one batch.
+        spread: the worst of the standard deviations as these draws show them; None where there is
+            but one batch, and of what is not to be trusted.
         good: the k-hat and the share of effective draws at which it is good enough.
     """
 
@@ -71,13 +71,14 @@ class Candidate(NamedTuple):
     @property
     def merit(self) -> float:
         """The share of effective draws, of less worth where the tail is heavy."""
-        return self.share if self.k_hat < LIGHT else HEAVY * self.share
+        return self.share if self.k_hat < LIGHT else DISCOUNT * self.share
 
     @property
     def is_good(self) -> bool:
         """Whether there is nothing left to gain."""
         k_hat, share = self.good
-        return self.k_hat < k_hat and self.share > share and self.is_shown
+        can_gain = self.spread is not None and self.spread.can_be_shown
+        return self.k_hat < k_hat and self.share > share and not can_gain
 
     @property
     def is_shown(self) -> bool:
@@ -118,7 +119,7 @@ def confirmed(one: Candidate, again: Candidate) -> Candidate:
 
 
 def judge_of(target: Target, solution: Solution, data: Any, num_draws: int = BATCH) -> Judge:
-    """Judges the guide of a solution."""
+    """Judges the guide of a solution of this pipeline, as `proposal_of` knows it."""
     proposal = proposal_of(solution)
     if proposal is None:
         return judge_of_guide(target, solution.guide, solution.params, data, num_draws)
@@ -163,8 +164,8 @@ def _wide_tailed(target: Target, name: str) -> Guide:
 
 def best_of(candidates: list[Candidate]) -> Candidate:
     """Of those to be trusted that miss no mass which another one sees, the one of the largest
-    merit, if there are such those whose spreads show; else the one whose weights have the lightest
-    tail, and among light ones the most effective."""
+    merit, one whose spreads show before others. Where none is to be trusted, the one whose weights
+    have the lightest tail, and among light ones the most effective."""
     trusted = [one for one in candidates if one.is_trustworthy]
     if trusted:
         evidences = [

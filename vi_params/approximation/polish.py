@@ -20,7 +20,7 @@ from vi_params.guides.active_mixture import Across, Frame, Parts
 from vi_params.guides.mixture import Components
 from vi_params.importance import Weighted
 from vi_params.solvers.mixture_families import Mixture
-from vi_params.solvers.population_monte_carlo import DF, GOOD, Population, population
+from vi_params.solvers.population_monte_carlo import DF, Population, population
 from vi_params.target import Target, flat
 
 COMPONENTS = 16
@@ -41,6 +41,10 @@ LARGEST = 500
 
 ROUNDS = 16
 """How many rounds are made at most."""
+
+GOOD = 0.6, 0.4
+"""They end below this k-hat and above this share of effective draws: little more is gained, and
+another batch of draws must confirm it."""
 
 WIDENED = 2
 """How many more are made towards spreads that the draws do not show."""
@@ -95,11 +99,13 @@ def polish(
 
     now, found = _settled(begin(), judged, refit)
     for _ in range(WIDENED):
-        if not found.is_trustworthy or found.is_shown:
+        if not found.is_trustworthy or found.spread is None or not found.spread.can_be_shown:
             break
-        now = refit(now, towards_spreads(*found.batches))
-        wider = confirmed(judged(now), judged(now))
-        found = wider if wider.is_trustworthy else found
+        wider = refit(now, towards_spreads(*found.batches))
+        best = best_of([found, confirmed(judged(wider), judged(wider))])
+        if best is found:
+            break
+        now, found = wider, best
     return found
 
 
@@ -120,6 +126,9 @@ def _settled(
                 return now, found
             # The best of many rounds was lucky; these draws show what it left out.
             mixtures, tried = [now], [again]
+        # Only the draws of the best and of the last are looked at again.
+        best, last = best_of(tried), tried[-1]
+        tried = [one if one is best or one is last else one._replace(batches=()) for one in tried]
         mixtures.append(refit(mixtures[-1], tried[-1].batches[0]))
         tried.append(judged(mixtures[-1]))
     raise AssertionError  # rounds are counted
@@ -127,6 +136,8 @@ def _settled(
 
 def compile_polish(pool: Executor, target: Target, start: Guide, dtype: Any) -> None:
     """Has compiled, by threads of `pool`, what `polish` needs from a guide on."""
+    if flat(target).dim > LARGEST:
+        return
     _compile_params(pool, _rounds(target, start), target, dtype)
 
 

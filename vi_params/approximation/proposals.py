@@ -58,9 +58,10 @@ def contaminated_normal(loc: np.ndarray, scale_tril: np.ndarray) -> Proposal:
 def mixture(found: Mixture, df: int | None) -> Proposal:
     """That of `vi.guides.mixture` or `active_mixture`."""
     (weights, locs, scale_trils), across = found.parts
-    frame = found.frame
     num_active, rest = locs.shape[1], across.locs.shape[1]
-    log_det = 0.0 if frame is None else frame.log_det(np)
+    frame, log_det, turned = found.frame, 0.0, np.eye(num_active + rest)
+    if frame is not None:
+        log_det, turned = frame.log_det(np), (frame.scale_tril @ frame.rotation).T
 
     def draw(random: np.random.Generator, num_draws: int) -> np.ndarray:
         counts = random.multinomial(num_draws, weights / np.sum(weights))
@@ -72,17 +73,18 @@ def mixture(found: Mixture, df: int | None) -> Proposal:
             rows = slice(end - count, end)
             y[rows, :num_active] = locs[k] + normal[rows, :num_active] @ scale_trils[k].T
             y[rows, num_active:] = across.locs[k] + across.scales[k] * normal[rows, num_active:]
-        return y if frame is None else frame.unconstrained(y)
+        return y if frame is None else frame.loc + y @ turned
 
     def log_prob(u: np.ndarray) -> np.ndarray:
-        terms = part_terms(found.parts, found.coordinates(u, np), df, np)[0]
+        terms = part_terms(found.parts, found.coordinates(u, np), df, np)
         return logsumexp(terms, xp=np) - log_det
 
     return Proposal(draw, log_prob)
 
 
 def proposal_of(solution: Solution) -> Proposal | None:
-    """That of a contaminated normal, or of a mixture of normals; None for another guide."""
+    """That of a solution of this pipeline: of the contaminated normal with its default parts, or of
+    a mixture of normals; None where its parameters are those of another family."""
     (name,) = solution.guide.declared
     fields = set(solution.params[name])
     if fields == {"loc", "scale_tril"}:

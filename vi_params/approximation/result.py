@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vi_params._arrays import one_thread
+from vi_params._arrays import on_host
 from vi_params._cache import program
 from vi_params._check import require_count, require_key
 from vi_params._compile import Quick
@@ -152,7 +152,7 @@ class Approximation:
     def _choose(self, key: jax.Array, num_draws: int) -> tuple[dict[str, np.ndarray], jax.Array]:
         """Latents, on the host, and unconstrained vectors of `num_draws` draws."""
         size, block = self.judge.num_draws, self.judge.block
-        # So many proposals that a draw is seldom taken twice: none where nearly all count.
+        # So many proposals that a draw is seldom taken twice; no more where nearly all count.
         share = float(self.diagnosis.ess) / int(self.diagnosis.num_draws) if self.resampled else 1.0
         fresh = 1.0 if share > NEARLY_ALL else 0.5 * share
         batches = min(MOST_BATCHES, math.ceil(num_draws / max(1.0, fresh * size)))
@@ -160,17 +160,17 @@ class Approximation:
         size = min(size, block * math.ceil(num_draws / (fresh * batches * block)))
         each = math.ceil(num_draws / batches)
         parts = []
-        for i in range(batches):
-            propose, choose = (jax.random.fold_in(key, 2 * i + j) for j in range(2))
-            with one_thread():
+        with on_host():
+            for i in range(batches):
+                propose, choose = (jax.random.fold_in(key, 2 * i + j) for j in range(2))
                 weighted, _ = self.judge(propose, size)
-            if self.resampled:
-                index = resampled(choose, weighted.smoothed.log_weights)
-            else:  # a batch is in any order
-                index = generator(choose).permutation(size)
-            # In numpy: every number of draws would compile a program of its own.
-            found = weighted.latents, weighted.position
-            parts.append(jax.tree.map(lambda leaf, i=index[:each]: leaf[i], found))
+                if self.resampled:
+                    index = resampled(choose, weighted.smoothed.log_weights)
+                else:  # a batch is in any order
+                    index = generator(choose).permutation(size)
+                # In numpy: every number of draws would compile a program of its own.
+                found = weighted.latents, weighted.position
+                parts.append(jax.tree.map(lambda leaf, i=index[:each]: leaf[i], found))
         latents, position = joined(parts, num_draws)
         return latents, jax.device_put(position)
 

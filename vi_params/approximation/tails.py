@@ -19,14 +19,14 @@ SUSPECTS = 32
 
 HEAVY = 0.75
 """The k-hat of a second moment above which its standard error cannot be relied on: it takes more
-than 10,000 draws to estimate what has such a tail (Vehtari et al., section 3.2.4)."""
+than 10^(1 / (1 - k-hat)), or 10,000, draws to estimate it (Vehtari et al., 2024)."""
 
 ERROR, HEAVY_ERROR = 0.045, 0.03
-"""The largest standard error of the logarithm of a standard deviation, and the largest of one with
-such a tail, where the true error is some times as large."""
+"""The largest standard error of the logarithm of a standard deviation: three of them are less than
+0.15; and the largest where the tail is that heavy, and the true error may be several times it."""
 
 MANY, DRAWN_ERROR = 4000, 0.075
-"""How many draws must have it with which standard error."""
+"""The largest standard error of one that is computed from so many draws of the posterior itself."""
 
 
 class Spread(NamedTuple):
@@ -36,7 +36,7 @@ class Spread(NamedTuple):
         name: as in "name[i, j]".
         k_hat: the Pareto k-hat of its second moment; 0 where the tail has no spread.
         error: the standard error of the logarithm of its standard deviation.
-        drawn_error: that of 4000 draws of the posterior itself, from its kurtosis.
+        drawn_error: that of one computed from 4000 draws of the posterior itself, by its kurtosis.
         shares: of its second moment, those of the draws; shape (num_draws,).
     """
 
@@ -49,12 +49,35 @@ class Spread(NamedTuple):
     @property
     def is_shown(self) -> bool:
         """Whether it can be relied on."""
-        limit = ERROR if self.k_hat <= HEAVY else HEAVY_ERROR
-        return self.error <= limit and self.drawn_error <= DRAWN_ERROR
+        return self.is_estimated and self.drawn_error <= DRAWN_ERROR
+
+    def __str__(self) -> str:
+        if self.is_estimated:
+            return (
+                f"its tail is so heavy that {MANY} draws of the posterior itself would have the "
+                f"logarithm of its standard deviation with a standard error of "
+                f"{self.drawn_error:.3f} only"
+            )
+        return (
+            f"the logarithm of its standard deviation has a standard error of {self.error:.3f}, "
+            f"and its second moment a k-hat of {self.k_hat:.2f}"
+        )
+
+    @property
+    def is_estimated(self) -> bool:
+        """Whether these draws, with their weights, tell it."""
+        return self.error <= (ERROR if self.k_hat <= HEAVY else HEAVY_ERROR)
+
+    @property
+    def can_be_shown(self) -> bool:
+        """Whether it is not shown, but may be by other draws: not where the posterior's own are too
+        few."""
+        return not self.is_estimated and self.drawn_error <= DRAWN_ERROR
 
 
 def worst_spread(*batches: Weighted) -> Spread:
-    """The number of the latents whose standard deviation weighted draws show least.
+    """Of the numbers whose standard deviation does not show, or else of all, that with the heaviest
+    tail.
 
     What k-hat of the weights w says of estimates of bounded functions, that of w (x - mean)^2 says
     of the variance of x: from 1 on there is no finite expectation to be estimated, and well below
@@ -68,16 +91,15 @@ def worst_spread(*batches: Weighted) -> Spread:
 
 
 def towards_spreads(*batches: Weighted) -> Weighted:
-    """The batch with the spread shown least, half of its weights those that a draw has in the
-    second moments that are not shown: what is fitted to it draws where they come from."""
+    """The batch with the worst spread, which is not shown, half of its weights those that the draws
+    have in second moments that are not shown: what is fitted to it draws where they come from."""
     suspects, weighted = max(
         ((_suspects(one), one) for one in batches), key=lambda pair: _doubt(_worst(pair[0]))
     )
-    unshown = [one.shares for one in suspects if not one.is_shown] or [_worst(suspects).shares]
+    unshown = [one.shares for one in suspects if not one.is_shown]
     smoothed = weighted.smoothed
     weights = 0.5 * np.exp(np.asarray(smoothed.log_weights, float)) + 0.5 * np.mean(unshown, axis=0)
-    with np.errstate(divide="ignore"):  # what is outside the support stays there
-        smoothed = smoothed._replace(log_weights=np.log(weights), ess=1 / np.sum(weights**2))
+    smoothed = smoothed._replace(log_weights=np.log(weights), ess=1 / np.sum(weights**2))
     return weighted._replace(smoothed=smoothed)
 
 
@@ -103,7 +125,7 @@ def _suspects(weighted: Weighted) -> list[Spread]:
             x = columns[counts, begin : begin + at_once].astype(float)
             terms = weights * (x - np.sum(weights * x, axis=0)) ** 2
             terms = terms / np.maximum(terms.sum(0), np.finfo(float).tiny)
-            largest = terms.max(0)
+            largest = np.nan_to_num(terms.max(0), nan=np.inf)  # values beyond the dtype
             for i in np.argsort(-largest)[:SUSPECTS]:
                 place = np.unravel_index(begin + i, values.shape[1:])
                 label = f"{name}[{', '.join(map(str, place))}]" if place else name
@@ -124,7 +146,9 @@ def _k_hat(terms: np.ndarray) -> float:
     tail = tail_size(len(terms))
     ranked = np.sort(np.partition(terms, len(terms) - tail - 1)[-tail - 1 :])
     excess = ranked[1:] - ranked[0]
+    if np.isnan(excess[-1]):
+        return math.inf
     if not excess[-1] > 0.01 * ranked[0]:
         return 0.0
-    with np.errstate(all="ignore"):  # points of its grid at which there is no such distribution
-        return float(fit_pareto(np.maximum(excess, np.finfo(float).tiny), np)[0])
+    # Some points of its grid have no such distribution: their NaN does not count.
+    return float(fit_pareto(np.maximum(excess, np.finfo(float).tiny), np)[0])

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.linalg import solve_triangular
 from numpyro.distributions import constraints
 
-from vi_params._arrays import inverse_lower, logsumexp, solve_lower
+from vi_params._arrays import exact, inverse_lower, logsumexp
 from vi_params._check import explain, require_count
 from vi_params.guide import Draw, Guide, pick_own, sampler
 from vi_params.guides.location_scale import positive
@@ -56,14 +57,15 @@ class Frame(NamedTuple):
     scale_tril: Any
     rotation: Any
 
-    def unconstrained(self, y: Any) -> Any:
-        """U at coordinates y, shape (dim,), or at rows of them, shape (n, dim)."""
-        return self.loc + y @ (self.scale_tril @ self.rotation).T
+    def unconstrained(self, y: jax.Array) -> jax.Array:
+        """The vector u at coordinates y, shape (dim,)."""
+        return self.loc + self.scale_tril @ (self.rotation @ y)
 
     def coordinates(self, u: Any, xp: Any = jnp) -> Any:
         """Coordinates of u, shape (dim,), or of rows of them, shape (n, dim)."""
         if xp is jnp:
-            y = self.rotation.T @ solve_lower(self.scale_tril, jnp.atleast_2d(u - self.loc).T)
+            centred = jnp.atleast_2d(u - self.loc).T
+            y = self.rotation.T @ solve_triangular(self.scale_tril, centred, lower=True)
             return y.T.reshape(u.shape)
         return (u - self.loc) @ (self.rotation.T @ inverse_lower(self.scale_tril, xp)).T
 
@@ -168,7 +170,8 @@ def active_mixture(
 
     def read(params: Any) -> tuple[Parts, Frame]:
         own = constrain(declared, pick_own(params, declared))[name]
-        return parts_of(own), Frame(**own["frame"])
+        parts = Parts(Components(**own["along"]), Across(**own["across"]))
+        return parts, Frame(**own["frame"])
 
     def noise(key: jax.Array, num_particles: int, scheme: Noise | None = None) -> Any:
         return mixture_noise(key, num_particles, dim, df, scheme)
@@ -185,13 +188,13 @@ def active_mixture(
         y = jax.lax.stop_gradient(jnp.concatenate([along, across]))
         u = jax.lax.stop_gradient(frame.unconstrained(y))
         latents, log_abs_det = jacobian(params, u, data)
-        log_q = logsumexp(part_terms(parts, y, df)[0]) - frame.log_det()
+        log_q = logsumexp(part_terms(parts, y, df)) - frame.log_det()
         return Draw(latents, log_q - log_abs_det, u)
 
     def rescore(params: Any, draw: Draw, data: Any = None) -> jax.Array:
         parts, frame = read(params)
         u = draw.position
-        log_q = logsumexp(part_terms(parts, frame.coordinates(u), df)[0]) - frame.log_det()
+        log_q = logsumexp(part_terms(parts, frame.coordinates(u), df)) - frame.log_det()
         return log_q - jacobian(params, u, data)[1]
 
     def log_prob(params: Any, latents: Any, data: Any = None) -> jax.Array:
@@ -209,22 +212,11 @@ def active_mixture(
     )
 
 
-def parts_of(values: Any) -> Parts:
-    """The components in the constrained parameters of an active mixture."""
-    return Parts(Components(**values["along"]), Across(**values["across"]))
-
-
-def part_terms(parts: Parts, y: Any, df: int | None, xp: Any = jnp) -> tuple[Any, Any]:
-    """The components' shares log [w_k q_k(y)], and squared distances along the directions, shapes
-    (K,), or (K, n) of n rows y."""
+def part_terms(parts: Parts, y: Any, df: int | None, xp: Any = jnp) -> Any:
+    """The components' shares log [w_k q_k(y)], shape (K,), or (K, n) of n rows y."""
     num_active = parts.along.locs.shape[1]
-    terms, squared = log_terms(parts.along, y[..., :num_active], df, xp)
-    return terms + log_normals(parts.across, y[..., num_active:], xp), squared
-
-
-def exact(a: Any, b: Any, xp: Any = jnp) -> Any:
-    """The product of matrices, in full precision on accelerators too: sums of squares cancel."""
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST) if xp is jnp else a @ b
+    terms = log_terms(parts.along, y[..., :num_active], df, xp)
+    return terms + log_normals(parts.across, y[..., num_active:], xp)
 
 
 def log_normals(across: Across, b: Any, xp: Any = jnp) -> Any:

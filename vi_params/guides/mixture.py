@@ -158,28 +158,27 @@ def component_of(components: Components, noise: Any) -> jax.Array:
     return jnp.sum(noise["component"] * edges[-1] >= edges[:-1])
 
 
-def log_prob_of(components: Components, u: Any, df: int | None, xp: Any = jnp) -> Any:
+def log_prob_of(components: Components, u: jax.Array, df: int | None) -> jax.Array:
     """log q(u)."""
-    return logsumexp(log_terms(components, u, df, xp)[0], xp=xp)
+    return logsumexp(log_terms(components, u, df))
 
 
-def log_terms(components: Components, u: Any, df: int | None, xp: Any = jnp) -> tuple[Any, Any]:
-    """The components' shares log [w_k q_k(u)] and squared distances |C_k^-1 (u - loc_k)|^2, shapes
-    (K,), or (K, n) of n rows u."""
+def log_terms(components: Components, u: Any, df: int | None, xp: Any = jnp) -> Any:
+    """The components' shares log [w_k q_k(u)], shape (K,), or (K, n) of n rows u."""
     dim = u.shape[-1]
 
-    def one(part: tuple) -> tuple[Any, Any]:
+    def one(part: tuple) -> Any:
         loc, scale_tril, inverse = part
         squared = xp.sum(((u - loc) @ inverse.T) ** 2, axis=-1)
         log_det = xp.sum(xp.log(xp.diagonal(scale_tril)))
-        return log_elliptical(squared, dim, df, xp) - log_det, squared
+        return log_elliptical(squared, dim, df, xp) - log_det
 
     # The inverse once a component: over many u a product is far cheaper than as many solves. One
     # component after the other, so that the draws themselves may be side by side (`over`).
     inverses = in_turn(lambda root: inverse_lower(root, xp), components.scale_trils, xp)
     parts = components.locs, components.scale_trils, inverses
-    log_q, squared = jax.vmap(one)(parts) if xp is jnp else in_turn(one, parts, xp)
-    return (log_weights(components.weights, xp) + log_q.T).T, squared
+    log_q = jax.vmap(one)(parts) if xp is jnp else in_turn(one, parts, xp)
+    return (log_weights(components.weights, xp) + log_q.T).T
 
 
 def log_elliptical(squared: Any, dim: int, df: int | None, xp: Any = jnp) -> Any:

@@ -64,7 +64,8 @@ def linear_response(
         A `Solution` with a `vi.guides.full_rank` guide (`low_rank` with `rank`).
         `info.sampling_error` is estimated from how the gradient differs between the antithetic
         pairs. Where the Hessian is not positive definite, `info.status` is INDEFINITE and the
-        scales are those of mean-field.
+        scales are those of mean-field. `slopes` has the gradients at the fixed draws (not with
+        `rank`).
 
     Raises:
         ValueError: the solution is of another family, or has no even number of fixed draws; a

@@ -29,7 +29,7 @@ SPREAD = 0.8
 
 GUARD, WIDE = 0.1, 3.0
 """The weight of the guard, and its scales in standard deviations of the weighted draws, where it
-is wider (across active directions it has their own)."""
+is wider (across the active directions it is not widened)."""
 
 GRADIENTS, SIDE_BY_SIDE = 1000, 100
 """From how many gradients the active directions are found, and how many are computed at once."""
@@ -95,7 +95,7 @@ def everywhere(own: Any, chosen: Any, df: int, where: str, xp: Any) -> Mixture:
     """Components about some draws of a Gaussian, or of a mixture, of its scales."""
     if set(own) == set(Components._fields):  # each has the scale of the part it came from
         before = Components(**own)
-        scale_trils = before.scale_trils[xp.argmax(log_terms(before, chosen, df, xp)[0], axis=0)]
+        scale_trils = before.scale_trils[xp.argmax(log_terms(before, chosen, df, xp), axis=0)]
     else:
         scale_tril = require_gaussian(own, where)[1]
         scale_trils = xp.tile(scale_tril, (len(chosen), 1, 1))

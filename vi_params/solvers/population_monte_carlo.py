@@ -41,7 +41,7 @@ farther out than what they were fitted to; far tails are the guard's."""
 RELIABLE = 0.7
 """The k-hat below which effective draws count as such."""
 
-GOOD = 0.6, 0.4
+GOOD = 0.5, 0.5
 """The rounds end below this k-hat, with at least this share of effective draws."""
 
 
@@ -71,12 +71,13 @@ def population_monte_carlo(
         num_components: of the mixture, beside the guard.
         num_active: along how many directions the components are free; None for all. Across them
             they are normal, with locations and scales of their own. The directions are the leading
-            eigenvectors of E[g g'], g the gradient of the log ratio of posterior and Gaussian, at
-            the fixed draws of a linear response, else at weighted draws.
+            eigenvectors of E[g g'], g the gradient of the log ratio of posterior and Gaussian: at
+            the fixed draws of `init` where it is a dense linear response, for its data; else at
+            weighted draws.
         df: the components' degrees of freedom, a whole number.
         num_draws: draws a round, at least 25.
-        max_steps: how many rounds at most; they end earlier where k-hat is below 0.6 and more than
-            two fifths of the draws are effective.
+        max_steps: how many rounds at most; they end earlier where k-hat is below 0.5 and more than
+            half of the draws are effective.
 
     Returns:
         A `Solution` with a `vi.guides.mixture` guide (`active_mixture` with `num_active`), that of
@@ -165,12 +166,6 @@ def is_good(drawn: Weighted) -> jax.Array:
     return (smoothed.k_hat < GOOD[0]) & (share > GOOD[1])
 
 
-def _weigh(target: Target, guide: Guide, params: Any, noise: Any, data: Any) -> Weighted:
-    """Weighted draws; one at which the log density is not a number has no weight."""
-    size = at_once(len(jax.tree.leaves(noise)[0]), target, data)
-    return weigh(target, guide, params, noise, data, size, nan_is_outside=True)
-
-
 def _merit(drawn: Weighted) -> jax.Array:
     """The share of effective draws where k-hat lets it be relied on; below zero elsewhere."""
     smoothed = drawn.smoothed
@@ -209,7 +204,8 @@ def _build(
             i, now, drawn, best, best_drawn = carry
             now = rounds.refit(now, drawn)
             drawn = drawn_from(rounds.guide, params_of(now), keys[i + 2])
-            better = _merit(drawn) > _merit(best_drawn)  # never where it is NaN
+            # Never where k-hat is NaN.
+            better = is_good(drawn) | (_merit(drawn) > _merit(best_drawn))
             best, best_drawn = where_tree(better, (now, drawn), (best, best_drawn))
             return i + 1, now, drawn, best, best_drawn
 

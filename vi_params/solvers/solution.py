@@ -115,7 +115,7 @@ class Solution(NamedTuple):
             would be large, and for other solvers.
         lanes: `(params, response)` of every lane of `vi.solvers.deterministic`, leading axis the
             lanes; None for other solvers.
-        slopes: the `Slopes` at the fixed draws, of `vi.linear_response`; None for other solvers.
+        slopes: the `Slopes` at the fixed draws, of a dense `vi.linear_response`; None for others.
     """
 
     guide: Guide

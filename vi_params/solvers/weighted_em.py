@@ -11,18 +11,22 @@ and, where there are coordinates b across, n_k and s_k^2 to their mean and varia
 w_i rho_ik / w_k. Cappe, Douc, Guillin, Marin and Robert (2008), Adaptive importance sampling in
 general mixture classes, Statistics and Computing 18, sections 3 and 4.
 
-Squared distances and covariances are linear in the products of the coordinates of a_i, which are
-made once: what is left of a sweep are products of matrices.
+On the host, in float64, squared distances and covariances come from the products of the coordinates
+of a_i, in which they are linear and which are made once: what is left of a sweep are products of
+matrices. In float32 that would lose narrow components: programs take differences.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from vi_params._arrays import cholesky, in_turn, inverse_lower, repeated
+from vi_params._arrays import cholesky, exact, in_turn, inverse_lower, repeated
 from vi_params._tree import all_finite, where_tree
-from vi_params.guides.active_mixture import Across, Parts, exact, log_normals
+from vi_params.guides.active_mixture import Across, Parts, log_normals
 from vi_params.guides.mixture import Components, log_elliptical, log_weights
 
 SWEEPS = 3
@@ -56,26 +60,18 @@ def weighted_em(now: Parts, y: Any, weights: Any, df: int, xp: Any = jnp) -> Par
     num_active = now.along.locs.shape[1]
     a, b = y[:, :num_active], y[:, num_active:]
     b_squares, prior = b**2, prior_draws(b.shape[1])
-    # In units of the draws themselves little is lost where squares are multiplied out.
+    # In units of the draws themselves.
     mean, root = moments(a, weights, xp)
     root = where_tree(all_finite(root, xp=xp), root, xp.eye(num_active, dtype=y.dtype), xp)
     inverse = inverse_lower(root, xp)
     a = inverse @ (a - mean).T
-    rows, columns = np.tril_indices(num_active)
-    products = a[rows] * a[columns]
-    times = np.where(rows == columns, 1.0, 2.0).astype(y.dtype)
-    place = np.zeros((num_active, num_active), int)
-    place[rows, columns] = place[columns, rows] = np.arange(len(rows))
+    quadratic = _differences(a.T) if xp is jnp else _products(a)
 
     def shares(now: Parts) -> tuple[Any, Any]:
         """rho and gamma, with the weights in them, shape (K, num_draws)."""
         along, across = now
         inverses = in_turn(lambda root: inverse_lower(root, xp), along.scale_trils, xp)
-        precisions = inverses.swapaxes(1, 2) @ inverses
-        linear = xp.sum(precisions * along.locs[:, None], axis=2)
-        squared = exact(precisions[:, rows, columns] * times, products, xp)
-        squared = squared - 2 * exact(linear, a, xp) + xp.sum(linear * along.locs, 1)[:, None]
-        squared = xp.maximum(squared, 0.0)
+        squared = quadratic.distances(along.locs, inverses)
         log_dets = xp.sum(xp.log(xp.diagonal(along.scale_trils, axis1=1, axis2=2)), axis=1)
         terms = log_elliptical(squared, num_active, df, xp) + log_normals(across, b, xp)
         terms = terms + (log_weights(along.weights, xp) - log_dets)[:, None]
@@ -86,14 +82,14 @@ def weighted_em(now: Parts, y: Any, weights: Any, df: int, xp: Any = jnp) -> Par
     def sweep(now: Parts) -> Parts:
         rho, gamma = shares(now)
         masses = xp.sum(gamma, axis=1)
-        sums, squares = exact(gamma, a.T, xp), exact(gamma, products.T, xp)[:, place]
+        locs = exact(gamma, a.T, xp) / masses[:, None]
+        scatters = quadratic.scatters(locs, gamma)
 
         def one(parts: tuple) -> Parts:
-            rho, mass, a_sum, a_squares, b_sum, b_sum_of_squares, old = parts
+            rho, loc, scatter, b_sum, b_sum_of_squares, old = parts
             weight = xp.sum(rho)
             effective = weight**2 / xp.sum(rho**2)
-            loc = a_sum / mass
-            covariance = (a_squares - mass * loc[:, None] * loc) / weight
+            covariance = scatter / weight
             kept = xp.minimum(1.0, num_active / effective)
             before = old.along.scale_trils @ old.along.scale_trils.T
             root = cholesky((1 - kept) * covariance + kept * before, xp)
@@ -109,7 +105,7 @@ def weighted_em(now: Parts, y: Any, weights: Any, df: int, xp: Any = jnp) -> Par
             weight = xp.maximum(weight, xp.finfo(y.dtype).eps)
             return Parts(Components(weight, loc, root), across)
 
-        rows = rho, masses, sums, squares, exact(rho, b, xp), exact(rho, b_squares, xp), now
+        rows = rho, locs, scatters, exact(rho, b, xp), exact(rho, b_squares, xp), now
         new = in_turn(one, rows, xp)
         weights = new.along.weights / xp.sum(new.along.weights)
         return new._replace(along=new.along._replace(weights=weights))
@@ -127,8 +123,64 @@ def prior_draws(num_across: int) -> float:
     return max(PRIOR, PRIOR_PER_SCALE * num_across)
 
 
+class _Quadratic(NamedTuple):
+    """Quadratic forms of the draws.
+
+    Attributes:
+        distances: `(locs, inverses of the roots) -> squared distances`, shape (K, num_draws).
+        scatters: `(locs, gamma) -> sum_i gamma_i (a_i - m)(a_i - m)'`, shape (K, dim, dim).
+    """
+
+    distances: Callable[[Any, Any], Any]
+    scatters: Callable[[Any, Any], Any]
+
+
+def _products(a: np.ndarray) -> _Quadratic:
+    """From the products of the coordinates of draws, shape (dim, num_draws), where m is the mean
+    under gamma."""
+    dim = len(a)
+    rows, columns = np.tril_indices(dim)
+    products = a[rows] * a[columns]
+    times = np.where(rows == columns, 1.0, 2.0)
+    place = np.zeros((dim, dim), int)
+    place[rows, columns] = place[columns, rows] = np.arange(len(rows))
+
+    def distances(locs: np.ndarray, inverses: np.ndarray) -> np.ndarray:
+        precisions = inverses.swapaxes(1, 2) @ inverses
+        linear = np.sum(precisions * locs[:, None], axis=2)
+        squares = (precisions[:, rows, columns] * times) @ products
+        squared = squares - 2 * linear @ a + np.sum(linear * locs, axis=1)[:, None]
+        return np.maximum(squared, 0.0)
+
+    def scatters(locs: np.ndarray, gamma: np.ndarray) -> np.ndarray:
+        masses = np.sum(gamma, axis=1)[:, None, None]
+        return (gamma @ products.T)[:, place] - masses * locs[:, :, None] * locs[:, None]
+
+    return _Quadratic(distances, scatters)
+
+
+def _differences(a: jax.Array) -> _Quadratic:
+    """From differences, component by component: what one of them needs fits into the caches."""
+
+    def distances(locs: jax.Array, inverses: jax.Array) -> jax.Array:
+        def one(part: tuple) -> jax.Array:
+            loc, inverse = part
+            return jnp.sum(((a - loc) @ inverse.T) ** 2, axis=1)
+
+        return lax.map(one, (locs, inverses))
+
+    def scatters(locs: jax.Array, gamma: jax.Array) -> jax.Array:
+        def one(part: tuple) -> jax.Array:
+            loc, gamma = part
+            return (gamma[:, None] * (a - loc)).T @ (a - loc)
+
+        return lax.map(one, (locs, gamma))
+
+    return _Quadratic(distances, scatters)
+
+
 def moments(y: Any, weights: Any, xp: Any = jnp) -> tuple[Any, Any]:
-    """The mean of weighted draws and a root of their covariance."""
+    """The mean of weighted draws and a root of their covariance, drawn towards its diagonal."""
     mean = weights @ y
     centred = y - mean
     covariance = (weights[:, None] * centred).T @ centred
