@@ -129,7 +129,7 @@ def _suspects(weighted: Weighted) -> list[Spread]:
             for i in np.argsort(-largest)[:SUSPECTS]:
                 place = np.unravel_index(begin + i, values.shape[1:])
                 label = f"{name}[{', '.join(map(str, place))}]" if place else name
-                suspects.append((largest[i], label, terms[:, i].copy()))
+                suspects.append((float(largest[i]), label, terms[:, i].copy()))
             suspects = sorted(suspects, key=lambda one: -one[0])[:SUSPECTS]
     found = []
     for _, label, terms in suspects:
