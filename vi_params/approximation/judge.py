@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from vi_params._arrays import on_host
 from vi_params._cache import program
 from vi_params._compile import Quick
 from vi_params._over import over
@@ -42,11 +43,11 @@ class Judge(NamedTuple):
 
     def __call__(self, key: jax.Array, num_draws: int | None = None) -> tuple[Weighted, Diagnosis]:
         """A batch, and what its weights say."""
-        latents, position, log_ratios = self.draw(key, num_draws or self.num_draws)
-        # A density that is not a number is outside the support.
-        log_ratios = np.where(np.isnan(log_ratios), -np.inf, log_ratios)
-        weighted = Weighted(latents, position, log_ratios, psis_on_host(log_ratios))
-        with np.errstate(invalid="ignore", over="ignore"):  # the spread where some are -inf or huge
+        with on_host():
+            latents, position, log_ratios = self.draw(key, num_draws or self.num_draws)
+            # A density that is not a number is outside the support.
+            log_ratios = np.where(np.isnan(log_ratios), -np.inf, log_ratios)
+            weighted = Weighted(latents, position, log_ratios, psis_on_host(log_ratios))
             return weighted, judged(weighted, np)
 
 

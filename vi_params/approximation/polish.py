@@ -79,14 +79,11 @@ def polish(
     begun = start.solution
     rounds = _rounds(target, begun.guide)
     _compile_params(pool, rounds, target, begun.noise.dtype)
-    params_of = program(_params, rounds)
     num_draws = DRAWS if flat(target).dim > FEW_LATENTS else FEWER_DRAWS
 
     def judged(now: Mixture) -> Candidate:
-        params = {**begun.params, **params_of(now)}
-        judge = judge_of_proposal(target, mixture(now, DF), params, data, num_draws)
-        solution = begun._replace(guide=rounds.guide, params=params)
-        return once(POLISHED, solution, judge, next(keys), GOOD)
+        judge = judge_of_proposal(target, mixture(now, DF), begun.params, data, num_draws)
+        return once(POLISHED, begun, judge, next(keys), GOOD)  # the mixture is its solution at last
 
     def begin() -> Mixture:
         drawn = start.batches[0]
@@ -106,7 +103,8 @@ def polish(
         if best is found:
             break
         now, found = wider, best
-    return found
+    params = {**begun.params, **program(_params, rounds)(now)}
+    return found._replace(solution=begun._replace(guide=rounds.guide, params=params))
 
 
 def _settled(

@@ -59,9 +59,8 @@ def mixture(found: Mixture, df: int | None) -> Proposal:
     """That of `vi.guides.mixture` or `active_mixture`."""
     (weights, locs, scale_trils), across = found.parts
     num_active, rest = locs.shape[1], across.locs.shape[1]
-    frame, log_det, turned = found.frame, 0.0, np.eye(num_active + rest)
-    if frame is not None:
-        log_det, turned = frame.log_det(np), (frame.scale_tril @ frame.rotation).T
+    frame = found.frame
+    log_det = 0.0 if frame is None else frame.log_det(np)
 
     def draw(random: np.random.Generator, num_draws: int) -> np.ndarray:
         counts = random.multinomial(num_draws, weights / np.sum(weights))
@@ -73,7 +72,7 @@ def mixture(found: Mixture, df: int | None) -> Proposal:
             rows = slice(end - count, end)
             y[rows, :num_active] = locs[k] + normal[rows, :num_active] @ scale_trils[k].T
             y[rows, num_active:] = across.locs[k] + across.scales[k] * normal[rows, num_active:]
-        return y if frame is None else frame.loc + y @ turned
+        return y if frame is None else frame.loc + y @ (frame.scale_tril @ frame.rotation).T
 
     def log_prob(u: np.ndarray) -> np.ndarray:
         terms = part_terms(found.parts, found.coordinates(u, np), df, np)
