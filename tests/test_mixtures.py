@@ -129,6 +129,8 @@ def test_em_keeps_narrow_components_in_float32():
 ACTIVE = vi.target(lambda v, z, d: jnp.zeros(()), {"z": vi.Latent((4,))})
 TURN = stats.ortho_group.rvs(4, random_state=0)
 TRIANGLE = np.tril(stats.norm.rvs(size=(4, 4), random_state=1), -1) + np.diag([1.0, 2.0, 0.5, 1.5])
+SHIFTS = np.array([[0.2, -0.3], [0.4, 0.1], [-0.2, 0.0]])
+LOG_SCALES = np.array([[-0.2, 0.3], [0.3, -0.1], [0.0, 0.2]])
 CENTRES, SPREADS = np.array([[0.5, -1.0], [2.0, 0.0]]), np.array([[1.0, 0.3], [0.6, 2.0]])
 
 
@@ -136,9 +138,24 @@ def given_active(guide):
     values = {
         "along": {"weights": WEIGHTS, "locs": LOCS, "scale_trils": ROOTS},
         "across": {"locs": CENTRES, "scales": SPREADS},
-        "frame": {"loc": np.arange(4.0), "scale_tril": TRIANGLE, "rotation": TURN},
+        "frame": {
+            "loc": np.arange(4.0),
+            "scale_tril": TRIANGLE,
+            "rotation": TURN,
+            "shifts": SHIFTS,
+            "log_scales": LOG_SCALES,
+        },
     }
     return vi.unconstrain(guide.declared, {"guide": values})
+
+
+def in_frame(u):
+    """The frame's coordinates of rows u, and the log scales across."""
+    z = np.linalg.solve(TRIANGLE, (np.asarray(u) - np.arange(4.0)).T).T @ TURN
+    terms = np.column_stack([np.ones(len(z)), np.clip(z[:, :2], -5, 5)])
+    log_scales = terms @ LOG_SCALES
+    z[:, 2:] = z[:, 2:] / np.exp(log_scales) - np.exp(log_scales) * (terms @ SHIFTS)
+    return z, log_scales
 
 
 def test_density_of_an_active_mixture():
@@ -147,12 +164,12 @@ def test_density_of_an_active_mixture():
     params = given_active(guide)
     for i in range(3):
         draw = guide.sample(params, jax.random.key(i))
-        y = TURN.T @ np.linalg.solve(TRIANGLE, np.asarray(draw.latents["z"]) - np.arange(4.0))
+        (y,), (log_scales,) = in_frame(draw.latents["z"][None])
         exact = 0.0
         for k in range(2):
             along = stats.multivariate_t(LOCS[k], ROOTS[k] @ ROOTS[k].T, df=5).pdf(y[:2])
             exact += WEIGHTS[k] * along * stats.norm(CENTRES[k], SPREADS[k]).pdf(y[2:]).prod()
-        exact /= np.linalg.det(TRIANGLE)
+        exact /= np.linalg.det(TRIANGLE) * np.exp(log_scales.sum())
         for log_q in (
             draw.log_prob,
             guide.rescore(params, draw),
@@ -166,7 +183,7 @@ def test_draws_of_an_active_mixture_and_em_on_them():
     along and across, from near the truth."""
     guide = vi.guides.active_mixture(ACTIVE, 2, 2, df=5)
     u = vi.draws(ACTIVE, guide, given_active(guide), KEY, 20_000)["z"]
-    y = np.linalg.solve(TRIANGLE, (u - np.arange(4.0)).T).T @ TURN
+    y, _ = in_frame(u)
     mean = np.concatenate([WEIGHTS @ LOCS, WEIGHTS @ CENTRES])
     assert np.all(np.abs(y.mean(0) - mean) < 4 * y.std(0) / np.sqrt(len(y)))
     parts = Parts(

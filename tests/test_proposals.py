@@ -15,7 +15,8 @@ from vi_params.approximation import proposals
 from vi_params.approximation.judge import BATCH, generator, judge_of_guide, judge_of_proposal
 from vi_params.approximation.proposals import proposal_of
 from vi_params.guide import Draw
-from vi_params.guides.active_mixture import Across, Frame, Parts
+from vi_params.guides.active_mixture import Across, Parts
+from vi_params.guides.frame import Frame
 from vi_params.guides.mixture import Components
 from vi_params.solvers.mixture_families import Mixture
 
@@ -54,7 +55,8 @@ def free():
 def along_two():
     random = np.random.default_rng(2)
     across = Across(random.standard_normal((3, 3)), np.exp(0.3 * random.standard_normal((3, 3))))
-    frame = Frame(LOC, ROOT, stats.ortho_group.rvs(DIM, random_state=3))
+    shifts, log_scales = 0.3 * random.standard_normal((2, 3, 3))
+    frame = Frame(LOC, ROOT, stats.ortho_group.rvs(DIM, random_state=3), shifts, log_scales)
     along = components(2)
     values = {
         "along": along._asdict(),

@@ -16,7 +16,8 @@ from vi_params.approximation.proposals import mixture, values_of
 from vi_params.approximation.result import resampled
 from vi_params.approximation.tails import towards_spreads
 from vi_params.guide import Guide
-from vi_params.guides.active_mixture import Across, Frame, Parts
+from vi_params.guides.active_mixture import Across, Parts
+from vi_params.guides.frame import Frame
 from vi_params.guides.mixture import Components
 from vi_params.importance import Weighted
 from vi_params.solvers.mixture_families import Mixture
@@ -168,5 +169,6 @@ def _compile_params(pool: Executor, rounds: Population, target: Target, dtype: A
 
     components = Components(array(number), array(number, along), array(number, along, along))
     across = Across(array(number, dim - along), array(number, dim - along))
-    frame = None if along == dim else Frame(array(dim), array(dim, dim), array(dim, dim))
+    square, bend = array(dim, dim), array(1 + along, dim - along)
+    frame = None if along == dim else Frame(array(dim), square, square, bend, bend)
     program(_params, rounds).ahead(pool, Mixture(Parts(components, across), frame))

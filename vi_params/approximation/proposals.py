@@ -60,7 +60,6 @@ def mixture(found: Mixture, df: int | None) -> Proposal:
     (weights, locs, scale_trils), across = found.parts
     num_active, rest = locs.shape[1], across.locs.shape[1]
     frame = found.frame
-    log_det = 0.0 if frame is None else frame.log_det(np)
 
     def draw(random: np.random.Generator, num_draws: int) -> np.ndarray:
         counts = random.multinomial(num_draws, weights / np.sum(weights))
@@ -72,11 +71,12 @@ def mixture(found: Mixture, df: int | None) -> Proposal:
             rows = slice(end - count, end)
             y[rows, :num_active] = locs[k] + normal[rows, :num_active] @ scale_trils[k].T
             y[rows, num_active:] = across.locs[k] + across.scales[k] * normal[rows, num_active:]
-        return y if frame is None else frame.loc + y @ (frame.scale_tril @ frame.rotation).T
+        return y if frame is None else frame.unconstrained(y, np)
 
     def log_prob(u: np.ndarray) -> np.ndarray:
-        terms = part_terms(found.parts, found.coordinates(u, np), df, np)
-        return logsumexp(terms, xp=np) - log_det
+        y = found.coordinates(u, np)
+        log_q = logsumexp(part_terms(found.parts, y, df, np), xp=np)
+        return log_q if frame is None else log_q - frame.log_det(y, np)
 
     return Proposal(draw, log_prob)
 

@@ -1,7 +1,7 @@
 """Mixtures along a few directions of a Gaussian, normal across them.
 
-In the coordinates y = Q' C^-1 (u - loc) of a Gaussian N(loc, C C'), turned by an orthogonal Q whose
-first columns are the active directions,
+In the coordinates y of a Gaussian, those along the active directions before those across
+(`Frame`),
 
     q(y) = sum_k w_k t(y_A; m_k, L_k L_k', df) N(y_B; n_k, diag(s_k)^2).
 
@@ -9,7 +9,8 @@ In many dimensions a posterior often departs from a Gaussian along few direction
 of the log ratio of both: the leading eigenvectors of E[g g'], g its gradient in y (Constantine,
 2015, Active Subspaces, section 3.1; Zahm, Cui, Law, Spantini and Marzouk, 2022, Certified dimension
 reduction in nonlinear Bayesian inverse problems, Mathematics of Computation 91). What lies across
-them may still follow along: every component has a place and scales of its own there.
+them may still follow along: the frame may bend, and every component has a place and scales of its
+own there.
 """
 
 import math
@@ -18,12 +19,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.linalg import solve_triangular
 from numpyro.distributions import constraints
 
-from vi_params._arrays import exact, inverse_lower, logsumexp
+from vi_params._arrays import exact, logsumexp
 from vi_params._check import explain, require_count
 from vi_params.guide import Draw, Guide, pick_own, sampler
+from vi_params.guides.frame import Frame
 from vi_params.guides.location_scale import positive
 from vi_params.guides.mixture import Components, at_noise, component_of, log_terms, mixture_noise
 from vi_params.guides.starts import model_values, require_whole_plates, start_vector
@@ -42,36 +43,6 @@ class Across(NamedTuple):
 
     locs: Any
     scales: Any
-
-
-class Frame(NamedTuple):
-    """The coordinates y = Q' C^-1 (u - loc).
-
-    Attributes:
-        loc: shape (dim,).
-        scale_tril: C, shape (dim, dim), lower triangular.
-        rotation: Q, shape (dim, dim), orthogonal.
-    """
-
-    loc: Any
-    scale_tril: Any
-    rotation: Any
-
-    def unconstrained(self, y: jax.Array) -> jax.Array:
-        """The vector u at coordinates y, shape (dim,)."""
-        return self.loc + self.scale_tril @ (self.rotation @ y)
-
-    def coordinates(self, u: Any, xp: Any = jnp) -> Any:
-        """Coordinates of u, shape (dim,), or of rows of them, shape (n, dim)."""
-        if xp is jnp:
-            centred = jnp.atleast_2d(u - self.loc).T
-            y = self.rotation.T @ solve_triangular(self.scale_tril, centred, lower=True)
-            return y.T.reshape(u.shape)
-        return (u - self.loc) @ (self.rotation.T @ inverse_lower(self.scale_tril, xp)).T
-
-    def log_det(self, xp: Any = jnp) -> Any:
-        """Log |det du/dy|."""
-        return xp.sum(xp.log(xp.diagonal(self.scale_tril)))
 
 
 class Parts(NamedTuple):
@@ -109,8 +80,8 @@ def active_mixture(
         init: where the frame's `loc` starts, as in `vi.guides.mean_field`.
         init_scale: where its scales start, a positive number in unconstrained units.
         name: the name of the parameters `{"along": {"weights", "locs", "scale_trils"}, "across":
-            {"locs", "scales"}, "frame": {"loc", "scale_tril", "rotation"}}`; the rotation must stay
-            orthogonal.
+            {"locs", "scales"}, "frame": {"loc", "scale_tril", "rotation", "shifts",
+            "log_scales"}}`; the rotation must stay orthogonal.
 
     Returns:
         A `Guide`.
@@ -164,6 +135,8 @@ def active_mixture(
                     positive(init_scale) * np.eye(dim), constraint=constraints.lower_cholesky
                 ),
                 "rotation": Param(np.eye(dim)),
+                "shifts": Param(np.zeros((1 + num_active, rest))),
+                "log_scales": Param(np.zeros((1 + num_active, rest))),
             },
         }
     }
@@ -188,13 +161,14 @@ def active_mixture(
         y = jax.lax.stop_gradient(jnp.concatenate([along, across]))
         u = jax.lax.stop_gradient(frame.unconstrained(y))
         latents, log_abs_det = jacobian(params, u, data)
-        log_q = logsumexp(part_terms(parts, y, df)) - frame.log_det()
+        log_q = logsumexp(part_terms(parts, y, df)) - frame.log_det(y)
         return Draw(latents, log_q - log_abs_det, u)
 
     def rescore(params: Any, draw: Draw, data: Any = None) -> jax.Array:
         parts, frame = read(params)
         u = draw.position
-        log_q = logsumexp(part_terms(parts, frame.coordinates(u), df)) - frame.log_det()
+        y = frame.coordinates(u)
+        log_q = logsumexp(part_terms(parts, y, df)) - frame.log_det(y)
         return log_q - jacobian(params, u, data)[1]
 
     def log_prob(params: Any, latents: Any, data: Any = None) -> jax.Array:

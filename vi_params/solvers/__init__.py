@@ -1,6 +1,7 @@
 """Solvers: approximations found otherwise than by stochastic gradient steps."""
 
 from vi_params.solvers.batch_and_match import batch_and_match, score_matching
+from vi_params.solvers.conditional_gaussian import conditional_gaussian
 from vi_params.solvers.deterministic import deterministic
 from vi_params.solvers.laplace import laplace
 from vi_params.solvers.linear_response import linear_response
@@ -21,6 +22,7 @@ __all__ = [
     "SolverInfo",
     "SolverStatus",
     "batch_and_match",
+    "conditional_gaussian",
     "deterministic",
     "imq",
     "laplace",

@@ -11,15 +11,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vi_params._check import explain
 from vi_params._over import over
 from vi_params._tree import all_finite, where_tree
 from vi_params.guide import Guide
 from vi_params.guides import active_mixture, mixture
-from vi_params.guides.active_mixture import Across, Frame, Parts
+from vi_params.guides.active_mixture import Across, Parts
+from vi_params.guides.frame import Frame, unbent
 from vi_params.guides.location_scale import require_gaussian
 from vi_params.guides.mixture import Components, log_terms
 from vi_params.importance import Smoothed, at_once
 from vi_params.params import unconstrain
+from vi_params.solvers.active import active_directions
 from vi_params.solvers.solution import Slopes, own_name
 from vi_params.solvers.weighted_em import moments, prior_draws
 from vi_params.target import Target, flat
@@ -49,6 +52,14 @@ class Mixture(NamedTuple):
     def coordinates(self, u: Any, xp: Any = jnp) -> Any:
         """Those of rows u, shape (n, dim)."""
         return u if self.frame is None else self.frame.coordinates(u, xp)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The constrained parameters of `vi.guides.mixture` or, in a frame, `active_mixture`."""
+        along, across = (part._asdict() for part in self.parts)
+        if self.frame is None:
+            return along
+        return {"along": along, "across": across, "frame": self.frame._asdict()}
 
 
 class Family(NamedTuple):
@@ -82,11 +93,7 @@ def family(
         return along_few(own, chosen, slopes, num_active, where, xp)
 
     def params(found: Mixture) -> Any:
-        along, across = (part._asdict() for part in found.parts)
-        own = along
-        if found.frame is not None:
-            own = {"along": along, "across": across, "frame": found.frame._asdict()}
-        return unconstrain(guide.declared, {name: own})
+        return unconstrain(guide.declared, {name: found.values})
 
     return Family(guide, begin, params)
 
@@ -104,36 +111,35 @@ def everywhere(own: Any, chosen: Any, df: int, where: str, xp: Any) -> Mixture:
     return Mixture(Parts(along, Across(nothing, nothing)), None)
 
 
-def along_few(
-    own: Any, chosen: Any, slopes: Slopes | None, num_active: int, where: str, xp: Any
-) -> Mixture:
+def along_few(own: Any, chosen: Any, slopes: Any, num_active: int, where: str, xp: Any) -> Mixture:
     """Components about some draws, along the directions in which a target differs most from a
-    Gaussian."""
-    loc, scale_tril = require_gaussian(own, f"{where}, with num_active")
-    frame = Frame(loc, scale_tril, xp.eye(loc.size, dtype=loc.dtype))
-    frame = frame._replace(rotation=active_directions(frame, slopes, num_active, xp))
+    Gaussian, or those of an `active_mixture` and in its frame."""
+    if "frame" in own:
+        frame = Frame(**own["frame"])
+        require_directions(frame, num_active, where)
+    else:
+        loc, scale_tril = require_gaussian(own, f"{where}, with num_active")
+        frame = unbent(loc, scale_tril, xp.eye(loc.size, dtype=loc.dtype), num_active, xp)
+        frame = frame._replace(rotation=active_directions(frame, slopes, num_active, xp))
+    dim, dtype = frame.loc.size, frame.loc.dtype
     locs = frame.coordinates(chosen, xp)[:, :num_active]
-    scale_trils = SPREAD * xp.tile(xp.eye(num_active, dtype=loc.dtype), (len(chosen), 1, 1))
-    blank = xp.zeros((len(chosen), loc.size - num_active), loc.dtype)
+    scale_trils = SPREAD * xp.tile(xp.eye(num_active, dtype=dtype), (len(chosen), 1, 1))
+    blank = xp.zeros((len(chosen), dim - num_active), dtype)
     along = Components(_equal(chosen, xp), locs, scale_trils)
     return Mixture(Parts(along, Across(blank, xp.ones_like(blank))), frame)
 
 
-def active_directions(frame: Frame, slopes: Any, num_active: int, xp: Any) -> Any:
-    """An orthogonal matrix whose first columns are the active directions of log p - log q.
-
-    In units of the Gaussian, z = C^-1 (u - loc), the gradient of the log ratio is
-    g = C' grad log p(u) + z; the directions are the leading eigenvectors of E[g g'] over the
-    places where it is known.
-    """
-    g = slopes.gradient @ frame.scale_tril + frame.coordinates(slopes.position, xp)
-    usable = xp.all(xp.isfinite(g), axis=1) & xp.isfinite(slopes.weights)
-    weights = xp.where(usable, slopes.weights, 0.0)
-    g = xp.where(usable[:, None], g, 0.0)
-    vectors = xp.linalg.eigh((weights[:, None] * g).T @ g)[1]
-    # The rest of the axes follow, made orthogonal to the directions.
-    axes = xp.concatenate([vectors[:, -num_active:], frame.rotation], axis=1)
-    return xp.linalg.qr(axes)[0]
+def require_directions(frame: Frame, num_active: int, where: str) -> None:
+    """Raises where a frame has another number of directions."""
+    if frame.num_active != num_active:
+        raise ValueError(
+            explain(
+                "The solution to begin with has directions of its own.",
+                expected=f"num_active={frame.num_active}, as it has",
+                received=str(num_active),
+                where=f"{where}, with num_active",
+            )
+        )
 
 
 def slopes_at(target: Target, values: Any, position: Any, log_weights: Any, data: Any) -> Slopes:

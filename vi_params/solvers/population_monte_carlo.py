@@ -67,13 +67,15 @@ def population_monte_carlo(
         target: what to approximate; its own parameters, if any, stay as `init` has them.
         key: a typed random key.
         data: the data; the target's own where None.
-        init: a Gaussian `Solution`, such as `vi.linear_response` gives, or a mixture's.
+        init: a Gaussian `Solution`, such as `vi.linear_response` gives, a mixture's or, with
+            `num_active`, one by `vi.solvers.conditional_gaussian`.
         num_components: of the mixture, beside the guard.
         num_active: along how many directions the components are free; None for all. Across them
             they are normal, with locations and scales of their own. The directions are the leading
             eigenvectors of E[g g'], g the gradient of the log ratio of posterior and Gaussian: at
             the fixed draws of `init` where it is a dense linear response, for its data; else at
-            weighted draws.
+            weighted draws. Those of a conditional Gaussian, and how what is across follows them,
+            stay as they are.
         df: the components' degrees of freedom, a whole number.
         num_draws: draws a round, at least 25.
         max_steps: how many rounds at most; they end earlier where k-hat is below 0.5 and more than
@@ -86,8 +88,9 @@ def population_monte_carlo(
         rounds; CONVERGED says that they ended early.
 
     Raises:
-        ValueError: a number is too small, `num_active` exceeds the dimension, or `init` is no
-            Gaussian or mixture (no Gaussian, with `num_active`); data that are a batch of rows.
+        ValueError: a number is too small, `num_active` exceeds the dimension or is not that of
+            `init`, or `init` is no Gaussian or mixture (neither Gaussian nor conditional one, with
+            `num_active`); data that are a batch of rows.
         TypeError: `key` is not a typed key, or `init` is no `Solution`.
 
     Example:
@@ -211,10 +214,10 @@ def _build(
 
         drawn = drawn_from(start, start_params, keys[0])
         weights = drawn.smoothed.log_weights
-        if num_active is not None and slopes is None:
+        own = constrain(start.declared, pick(start_params, start.declared))[name]
+        if num_active is not None and "frame" not in own and slopes is None:
             values = constrain(target.declared, model)
             slopes = slopes_at(target, values, drawn.position, weights, data)
-        own = constrain(start.declared, pick(start_params, start.declared))[name]
         chosen = drawn.position[pick_draws(keys[1], weights, num_components)]
         first = rounds.begin(own, chosen, drawn, slopes)
         worst = jnp.full_like(drawn.smoothed.k_hat, jnp.inf)

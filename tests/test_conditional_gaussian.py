@@ -1,0 +1,191 @@
+"""A Gaussian whose mean and scales across a few directions follow them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpyro import distributions as dist
+from scipy import stats
+
+import vi_params as vi
+from vi_params.guides.frame import REACH, Frame, unbent
+from vi_params.solvers.conditional_gaussian import bent
+from vi_params.solvers.solution import Slopes
+
+KEY = jax.random.key(0)
+DIM, GIVEN = 5, 2
+RANDOM = np.random.default_rng(0)
+FRAME = Frame(
+    RANDOM.standard_normal(DIM),
+    np.tril(0.3 * RANDOM.standard_normal((DIM, DIM)), -1) + np.diag([1.0, 0.5, 2.0, 1.5, 0.8]),
+    stats.ortho_group.rvs(DIM, random_state=1),
+    0.3 * RANDOM.standard_normal((1 + GIVEN, DIM - GIVEN)),
+    0.3 * RANDOM.standard_normal((1 + GIVEN, DIM - GIVEN)),
+)
+STRETCH = 0.3
+
+
+def hierarchy(values, latents, data):
+    """One scale stretches eleven latents: they are normal given it; log evidence 0."""
+    x, y = latents["scale"], latents["rest"]
+    return dist.Normal(0, 1).log_prob(x) + dist.Normal(0, jnp.exp(STRETCH * x)).log_prob(y).sum()
+
+
+TARGET = vi.target(hierarchy, {"scale": vi.Latent(()), "rest": vi.Latent((11,))})
+
+
+def gaussian_of(target):
+    return vi.linear_response(target, vi.solvers.deterministic(target, KEY))
+
+
+def judged(target, found, num_draws=8000):
+    return vi.diagnose(target, found.guide, found.params, KEY, num_draws=num_draws)
+
+
+def test_a_frame_there_and_back():
+    """Coordinates are undone, their Jacobian is that of autodiff, and the host's numbers are the
+    program's, within reach and beyond."""
+    frame = jax.tree.map(jnp.asarray, FRAME)
+    y = np.concatenate([RANDOM.standard_normal((20, DIM)), np.full((1, DIM), 2 * REACH)])
+    u = FRAME.unconstrained(y, np)
+    np.testing.assert_allclose(FRAME.coordinates(u, np), y, atol=1e-10)
+    np.testing.assert_allclose(frame.unconstrained(jnp.asarray(y)), u, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(frame.coordinates(jnp.asarray(u)), y, rtol=1e-3, atol=1e-3)
+    jacobians = jax.vmap(jax.jacobian(frame.unconstrained))(jnp.asarray(y))
+    exact = np.linalg.slogdet(jacobians)[1]
+    np.testing.assert_allclose(FRAME.log_det(y, np), exact, atol=1e-3)
+    np.testing.assert_allclose(frame.log_det(jnp.asarray(y)), exact, atol=1e-3)
+
+
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_it_is_found_from_gradients(xp):
+    """From the scores of natural parameters that are linear in a, these come back, as far as the
+    Gaussian that they are drawn towards lets them; a gradient that is not finite does not count."""
+    random = np.random.default_rng(1)
+    z = random.standard_normal((400, DIM))
+    terms = np.column_stack([np.ones(400), z[:, :GIVEN]])
+    precision, shifts = np.array([[1.5, 0.8, 1.0], [0.3, -0.2, 0.0], [0.0, 0.1, 0.4]]), FRAME.shifts
+    scores = np.zeros_like(z)
+    scores[:, GIVEN:] = -(terms @ precision) * z[:, GIVEN:] + terms @ shifts
+    straight = unbent(FRAME.loc, FRAME.scale_tril, FRAME.rotation, GIVEN, np)
+    root = FRAME.scale_tril @ FRAME.rotation
+    gradient = scores @ np.linalg.inv(root)
+    gradient[7] = np.nan
+    slopes = Slopes(FRAME.loc + z @ root.T, gradient, np.full(400, 1 / 400))
+    straight, slopes = jax.tree.map(xp.asarray, (straight, slopes))
+    found = bent(straight, slopes, xp)
+    np.testing.assert_allclose(found.shifts, shifts, atol=0.02)
+    np.testing.assert_allclose(found.log_scales[0], -0.5 * np.log(precision[0]), atol=0.02)
+    np.testing.assert_allclose(found.log_scales[1:], -0.5 * precision[1:] / precision[0], atol=0.02)
+
+
+def test_nothing_follows_a_gaussian():
+    """Where the target is Gaussian, the frame stays straight."""
+    root = np.tril(RANDOM.standard_normal((4, 4)), -1) + 2 * np.eye(4)
+    normal = dist.MultivariateNormal(jnp.arange(4.0), scale_tril=jnp.asarray(root))
+    target = vi.target(lambda v, z, d: normal.log_prob(z["z"]), {"z": vi.Latent((4,))})
+    found = vi.solvers.conditional_gaussian(target, gaussian_of(target))
+    frame = vi.constrain(found.guide.declared, found.params)["guide"]["frame"]
+    np.testing.assert_allclose(frame["shifts"], 0, atol=1e-3)
+    np.testing.assert_allclose(frame["log_scales"], 0, atol=1e-3)
+
+
+def test_a_hierarchy_is_normal_given_its_scale():
+    """Nearly all draws are effective where few of the Gaussian's are, and weighted ones have the
+    moments in closed form."""
+    start = gaussian_of(TARGET)
+    found = vi.solvers.conditional_gaussian(TARGET, start, num_active=1)
+    before, after = judged(TARGET, start), judged(TARGET, found)
+    assert before.k_hat > 0.7
+    assert after.k_hat < 0.7
+    assert after.ess > 5 * before.ess
+    np.testing.assert_allclose(after.log_evidence, 0.0, atol=0.05)
+    draws = vi.resample(TARGET, found.guide, found.params, KEY, 8000)
+    np.testing.assert_allclose(draws["scale"].mean(), 0.0, atol=0.05)
+    np.testing.assert_allclose(draws["scale"].std(), 1.0, rtol=0.05)
+    np.testing.assert_allclose(draws["rest"].std(), np.exp(STRETCH**2), rtol=0.05)
+
+
+def test_no_density_is_evaluated_and_it_is_pure():
+    """It needs the gradients of linear response alone, and is one program under jit and vmap."""
+    calls = []
+
+    def counted(values, latents, data):
+        calls.append(None)
+        return hierarchy(values, latents, data)
+
+    target = vi.target(counted, TARGET.latents)
+    start = gaussian_of(target)
+    before = len(calls)
+    found = vi.solvers.conditional_gaussian(target, start).params
+    assert len(calls) == before
+
+    def solve(params):
+        return vi.solvers.conditional_gaussian(target, start._replace(params=params)).params
+
+    twice = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), start.params)
+    for params in (
+        jax.jit(solve)(start.params),
+        jax.tree.map(lambda x: x[1], jax.vmap(solve)(twice)),
+    ):
+        for leaf, expected in zip(jax.tree.leaves(params), jax.tree.leaves(found), strict=True):
+            np.testing.assert_allclose(leaf, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_rounds_go_on_from_it():
+    """Population Monte Carlo keeps its frame, and more draws are effective than of rounds that
+    begin at the Gaussian."""
+
+    def log_density(values, latents, data):
+        skew = dist.Gumbel(0.0, 1.0).log_prob(latents["scale"])
+        spread = jnp.exp(STRETCH * latents["scale"])
+        return skew + dist.Normal(0, spread).log_prob(latents["rest"]).sum()
+
+    target = vi.target(log_density, {"scale": vi.Latent(()), "rest": vi.Latent((40,))})
+    start = gaussian_of(target)
+    begun = vi.solvers.conditional_gaussian(target, start, num_active=1)
+    rounds = {"num_active": 1, "max_steps": 3}
+    found = vi.solvers.population_monte_carlo(target, KEY, init=begun, **rounds)
+    straight = vi.solvers.population_monte_carlo(target, KEY, init=start, **rounds)
+    frames = [vi.constrain(x.guide.declared, x.params)["guide"]["frame"] for x in (begun, found)]
+    for leaf, kept in zip(*map(jax.tree.leaves, frames), strict=True):
+        np.testing.assert_allclose(leaf, kept, rtol=1e-4, atol=1e-6)
+    after = judged(target, found, 16_000)
+    assert after.k_hat < 0.7
+    assert after.ess > 1.5 * max(judged(target, one, 16_000).ess for one in (begun, straight))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "told"),
+    [
+        (
+            lambda s: vi.solvers.conditional_gaussian(TARGET, s, num_active=12),
+            ValueError,
+            "11, one",
+        ),
+        (
+            lambda s: vi.solvers.conditional_gaussian(TARGET, s, num_active=0),
+            ValueError,
+            "num_active",
+        ),
+        (
+            lambda s: vi.solvers.conditional_gaussian(TARGET, s._replace(slopes=None)),
+            ValueError,
+            "no gradients",
+        ),
+        (lambda s: vi.solvers.conditional_gaussian(TARGET, s.params), TypeError, "init"),
+        (
+            lambda s: vi.solvers.population_monte_carlo(
+                TARGET,
+                KEY,
+                init=vi.solvers.conditional_gaussian(TARGET, s, num_active=1),
+                num_active=2,
+            ),
+            ValueError,
+            "num_active=1",
+        ),
+    ],
+)
+def test_bad_input_is_told(call, error, told):
+    with pytest.raises(error, match=told):
+        call(gaussian_of(TARGET))

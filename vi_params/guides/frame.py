@@ -1,0 +1,97 @@
+"""Coordinates along and across a few directions of a Gaussian, which may bend.
+
+Those of N(loc, C C'), turned by an orthogonal Q whose first columns are the active directions, are
+(a, c) = Q' C^-1 (u - loc). Across, what is given a is normal with a mean and scales that follow a:
+
+    y = (a, (c - m(a)) / s(a)),   log s = l_0 + a l_1,   m = s^2 (h_0 + a h_1).
+
+Two of the natural parameters of that normal, m / s^2 and log s^-2, are linear in a: it is a
+Gaussian where l_1 = 0, the neck of a funnel where l_1 is not. Tan, Bhaskaran and Nott (2020),
+Conditionally structured variational Gaussian approximation with importance weights, Statistics and
+Computing 30, section 3, have such a family with the means linear in a.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.scipy.linalg import solve_triangular
+
+from vi_params._arrays import inverse_lower
+
+REACH = 5.0
+"""Beyond so many standard deviations along, what is across follows no further."""
+
+
+class Frame(NamedTuple):
+    """The coordinates y.
+
+    Attributes:
+        loc: shape (dim,).
+        scale_tril: C, shape (dim, dim), lower triangular.
+        rotation: Q, shape (dim, dim), orthogonal.
+        shifts: h, rows for 1 and each coordinate of a, shape (1 + num_active, dim - num_active).
+        log_scales: l, likewise.
+    """
+
+    loc: Any
+    scale_tril: Any
+    rotation: Any
+    shifts: Any
+    log_scales: Any
+
+    @property
+    def num_active(self) -> int:
+        """How many directions are active."""
+        return self.shifts.shape[0] - 1
+
+    @property
+    def is_bent(self) -> bool:
+        """Whether anything across follows what is along; on the host."""
+        return bool(self.shifts.any() or self.log_scales.any())
+
+    def across(self, a: Any, xp: Any = jnp) -> tuple[Any, Any]:
+        """The means and the log scales across, at coordinates along or at rows of them."""
+        terms = linear(a, xp)
+        log_scales = terms @ self.log_scales
+        return xp.exp(2 * log_scales) * (terms @ self.shifts), log_scales
+
+    def unconstrained(self, y: Any, xp: Any = jnp) -> Any:
+        """The vectors u at coordinates y, shape (dim,) or (n, dim)."""
+        a, rest = y[..., : self.num_active], y[..., self.num_active :]
+        mean, log_scales = self.across(a, xp)
+        z = xp.concatenate([a, mean + xp.exp(log_scales) * rest], axis=-1)
+        if z.ndim == 1:  # of many rows, one product of matrices
+            return self.loc + self.scale_tril @ (self.rotation @ z)
+        return self.loc + z @ (self.scale_tril @ self.rotation).T
+
+    def coordinates(self, u: Any, xp: Any = jnp) -> Any:
+        """The coordinates of u, shape (dim,) or (n, dim)."""
+        z = self.straight(u, xp)
+        a = z[..., : self.num_active]
+        mean, log_scales = self.across(a, xp)
+        rest = (z[..., self.num_active :] - mean) * xp.exp(-log_scales)
+        return xp.concatenate([a, rest], axis=-1)
+
+    def straight(self, u: Any, xp: Any = jnp) -> Any:
+        """Q' C^-1 (u - loc)."""
+        if xp is jnp:
+            centred = jnp.atleast_2d(u - self.loc).T
+            z = self.rotation.T @ solve_triangular(self.scale_tril, centred, lower=True)
+            return z.T.reshape(u.shape)
+        return (u - self.loc) @ (self.rotation.T @ inverse_lower(self.scale_tril, xp)).T
+
+    def log_det(self, y: Any, xp: Any = jnp) -> Any:
+        """Log |det du/dy| at coordinates y, shape () or (n,)."""
+        _, log_scales = self.across(y[..., : self.num_active], xp)
+        return xp.sum(xp.log(xp.diagonal(self.scale_tril))) + xp.sum(log_scales, axis=-1)
+
+
+def unbent(loc: Any, scale_tril: Any, rotation: Any, num_active: int, xp: Any = jnp) -> Frame:
+    """The coordinates in which nothing follows."""
+    nothing = xp.zeros((1 + num_active, len(loc) - num_active), loc.dtype)
+    return Frame(loc, scale_tril, rotation, nothing, nothing)
+
+
+def linear(a: Any, xp: Any = jnp) -> Any:
+    """One and the coordinates along, within reach: (..., 1 + num_active)."""
+    return xp.concatenate([xp.ones_like(a[..., :1]), xp.clip(a, -REACH, REACH)], axis=-1)

@@ -1,0 +1,33 @@
+"""The directions along which a posterior differs most from a Gaussian."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from vi_params.guides.frame import Frame
+from vi_params.solvers.solution import Slopes
+
+
+def active_directions(frame: Frame, slopes: Slopes, num_active: int, xp: Any = jnp) -> Any:
+    """An orthogonal matrix whose first columns are the active directions of log p - log q.
+
+    In units of the Gaussian, z = C^-1 (u - loc), the gradient of the log ratio is
+    g = C' grad log p(u) + z; the directions are the leading eigenvectors of E[g g'] over the
+    places where it is known.
+    """
+    z, gradient, weights = scores(frame, slopes, xp)
+    g = gradient + z
+    vectors = xp.linalg.eigh((weights[:, None] * g).T @ g)[1]
+    # The rest of the axes follow, made orthogonal to the directions.
+    axes = xp.concatenate([vectors[:, -num_active:], frame.rotation], axis=1)
+    return xp.linalg.qr(axes)[0]
+
+
+def scores(frame: Frame, slopes: Slopes, xp: Any = jnp) -> tuple[Any, Any, Any]:
+    """Places in the straight coordinates of a frame, gradients of the log density in these, and
+    weights: none where a gradient is not finite."""
+    gradient = slopes.gradient @ frame.scale_tril @ frame.rotation
+    usable = xp.all(xp.isfinite(gradient), axis=1) & xp.isfinite(slopes.weights)
+    weights = xp.where(usable, slopes.weights, 0.0)
+    gradient = xp.where(usable[:, None], gradient, 0.0)
+    return frame.straight(slopes.position, xp), gradient, weights
