@@ -14,13 +14,16 @@ from vi_params.solvers.solution import Slopes
 
 KEY = jax.random.key(0)
 DIM, GIVEN = 5, 2
-RANDOM = np.random.default_rng(0)
+LOC, TRIANGLE, SHIFTS, LOG_SCALES = (
+    stats.norm.rvs(size=size, random_state=i)
+    for i, size in enumerate([DIM, (DIM, DIM), *2 * [(1 + GIVEN, DIM - GIVEN)]])
+)
 FRAME = Frame(
-    RANDOM.standard_normal(DIM),
-    np.tril(0.3 * RANDOM.standard_normal((DIM, DIM)), -1) + np.diag([1.0, 0.5, 2.0, 1.5, 0.8]),
+    LOC,
+    np.tril(0.3 * TRIANGLE, -1) + np.diag([1.0, 0.5, 2.0, 1.5, 0.8]),
     stats.ortho_group.rvs(DIM, random_state=1),
-    0.3 * RANDOM.standard_normal((1 + GIVEN, DIM - GIVEN)),
-    0.3 * RANDOM.standard_normal((1 + GIVEN, DIM - GIVEN)),
+    0.3 * SHIFTS,
+    0.3 * LOG_SCALES,
 )
 STRETCH = 0.3
 
@@ -46,7 +49,8 @@ def test_a_frame_there_and_back():
     """Coordinates are undone, their Jacobian is that of autodiff, and the host's numbers are the
     program's, within reach and beyond."""
     frame = jax.tree.map(jnp.asarray, FRAME)
-    y = np.concatenate([RANDOM.standard_normal((20, DIM)), np.full((1, DIM), 2 * REACH)])
+    y = stats.norm.rvs(size=(20, DIM), random_state=2)
+    y = np.concatenate([y, np.full((1, DIM), 2 * REACH)])
     u = FRAME.unconstrained(y, np)
     np.testing.assert_allclose(FRAME.coordinates(u, np), y, atol=1e-10)
     np.testing.assert_allclose(frame.unconstrained(jnp.asarray(y)), u, rtol=1e-3, atol=1e-3)
@@ -57,8 +61,19 @@ def test_a_frame_there_and_back():
     np.testing.assert_allclose(frame.log_det(jnp.asarray(y)), exact, atol=1e-3)
 
 
-@pytest.mark.parametrize("xp", [np, jnp])
-def test_it_is_found_from_gradients(xp):
+def test_straight_coordinates_on_the_host():
+    """Where nothing bends, the host leaves out what a program multiplies by one."""
+    straight = unbent(*FRAME[:3], GIVEN, np)
+    u = stats.norm.rvs(size=(20, DIM), random_state=2)
+    y = straight.coordinates(u, np)
+    inside = jax.tree.map(jnp.asarray, straight)
+    np.testing.assert_allclose(y, inside.coordinates(jnp.asarray(u)), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(straight.unconstrained(y, np), u, atol=1e-10)
+    expected = np.full(20, straight.log_det(y, np))
+    np.testing.assert_allclose(inside.log_det(jnp.asarray(y)), expected, rtol=1e-4)
+
+
+def test_it_is_found_from_gradients():
     """From the scores of natural parameters that are linear in a, these come back, as far as the
     Gaussian that they are drawn towards lets them; a gradient that is not finite does not count."""
     random = np.random.default_rng(1)
@@ -72,8 +87,7 @@ def test_it_is_found_from_gradients(xp):
     gradient = scores @ np.linalg.inv(root)
     gradient[7] = np.nan
     slopes = Slopes(FRAME.loc + z @ root.T, gradient, np.full(400, 1 / 400))
-    straight, slopes = jax.tree.map(xp.asarray, (straight, slopes))
-    found = bent(straight, slopes, xp)
+    found = jax.jit(bent)(*jax.tree.map(jnp.asarray, (straight, slopes)))
     np.testing.assert_allclose(found.shifts, shifts, atol=0.02)
     np.testing.assert_allclose(found.log_scales[0], -0.5 * np.log(precision[0]), atol=0.02)
     np.testing.assert_allclose(found.log_scales[1:], -0.5 * precision[1:] / precision[0], atol=0.02)
@@ -81,7 +95,7 @@ def test_it_is_found_from_gradients(xp):
 
 def test_nothing_follows_a_gaussian():
     """Where the target is Gaussian, the frame stays straight."""
-    root = np.tril(RANDOM.standard_normal((4, 4)), -1) + 2 * np.eye(4)
+    root = np.tril(TRIANGLE[:4, :4], -1) + 2 * np.eye(4)
     normal = dist.MultivariateNormal(jnp.arange(4.0), scale_tril=jnp.asarray(root))
     target = vi.target(lambda v, z, d: normal.log_prob(z["z"]), {"z": vi.Latent((4,))})
     found = vi.solvers.conditional_gaussian(target, gaussian_of(target))
@@ -98,7 +112,8 @@ def test_a_hierarchy_is_normal_given_its_scale():
     before, after = judged(TARGET, start), judged(TARGET, found)
     assert before.k_hat > 0.7
     assert after.k_hat < 0.7
-    assert after.ess > 5 * before.ess
+    assert before.ess < 0.2 * 8000
+    assert after.ess > 0.7 * 8000
     np.testing.assert_allclose(after.log_evidence, 0.0, atol=0.05)
     draws = vi.resample(TARGET, found.guide, found.params, KEY, 8000)
     np.testing.assert_allclose(draws["scale"].mean(), 0.0, atol=0.05)
@@ -161,7 +176,7 @@ def test_rounds_go_on_from_it():
         (
             lambda s: vi.solvers.conditional_gaussian(TARGET, s, num_active=12),
             ValueError,
-            "11, one",
+            "there are 12",
         ),
         (
             lambda s: vi.solvers.conditional_gaussian(TARGET, s, num_active=0),
@@ -173,7 +188,7 @@ def test_rounds_go_on_from_it():
             ValueError,
             "no gradients",
         ),
-        (lambda s: vi.solvers.conditional_gaussian(TARGET, s.params), TypeError, "init"),
+        (lambda s: vi.solvers.conditional_gaussian(TARGET, s.params), TypeError, "solution"),
         (
             lambda s: vi.solvers.population_monte_carlo(
                 TARGET,

@@ -5,10 +5,10 @@ Those of N(loc, C C'), turned by an orthogonal Q whose first columns are the act
 
     y = (a, (c - m(a)) / s(a)),   log s = l_0 + a l_1,   m = s^2 (h_0 + a h_1).
 
-Two of the natural parameters of that normal, m / s^2 and log s^-2, are linear in a: it is a
-Gaussian where l_1 = 0, the neck of a funnel where l_1 is not. Tan, Bhaskaran and Nott (2020),
-Conditionally structured variational Gaussian approximation with importance weights, Statistics and
-Computing 30, section 3, have such a family with the means linear in a.
+With l_1 = 0 that is a Gaussian over all; else it has necks like those of funnels. Tan, Bhaskaran
+and Nott (2020), Conditionally structured variational Gaussian approximation with importance
+weights, Statistics and Computing 30, let conditional covariances of local latents depend on global
+ones so.
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
-from vi_params._arrays import inverse_lower
+from vi_params._arrays import exact, inverse_lower
 
 REACH = 5.0
 """Beyond so many standard deviations along, what is across follows no further."""
@@ -44,29 +44,33 @@ class Frame(NamedTuple):
         """How many directions are active."""
         return self.shifts.shape[0] - 1
 
-    @property
-    def is_bent(self) -> bool:
-        """Whether anything across follows what is along; on the host."""
-        return bool(self.shifts.any() or self.log_scales.any())
+    def bends(self, xp: Any = jnp) -> bool:
+        """Whether anything across follows what is along: on the host that is known, and straight
+        coordinates cost nothing more."""
+        return xp is jnp or bool(self.shifts.any() or self.log_scales.any())
 
     def across(self, a: Any, xp: Any = jnp) -> tuple[Any, Any]:
         """The means and the log scales across, at coordinates along or at rows of them."""
         terms = linear(a, xp)
-        log_scales = terms @ self.log_scales
-        return xp.exp(2 * log_scales) * (terms @ self.shifts), log_scales
+        log_scales = exact(terms, self.log_scales, xp)
+        return xp.exp(2 * log_scales) * exact(terms, self.shifts, xp), log_scales
 
     def unconstrained(self, y: Any, xp: Any = jnp) -> Any:
         """The vectors u at coordinates y, shape (dim,) or (n, dim)."""
-        a, rest = y[..., : self.num_active], y[..., self.num_active :]
-        mean, log_scales = self.across(a, xp)
-        z = xp.concatenate([a, mean + xp.exp(log_scales) * rest], axis=-1)
+        z = y
+        if self.bends(xp):
+            a, rest = y[..., : self.num_active], y[..., self.num_active :]
+            mean, log_scales = self.across(a, xp)
+            z = xp.concatenate([a, mean + xp.exp(log_scales) * rest], axis=-1)
         if z.ndim == 1:  # of many rows, one product of matrices
-            return self.loc + self.scale_tril @ (self.rotation @ z)
-        return self.loc + z @ (self.scale_tril @ self.rotation).T
+            return self.loc + exact(self.scale_tril, exact(self.rotation, z, xp), xp)
+        return self.loc + exact(z, exact(self.scale_tril, self.rotation, xp).T, xp)
 
     def coordinates(self, u: Any, xp: Any = jnp) -> Any:
         """The coordinates of u, shape (dim,) or (n, dim)."""
         z = self.straight(u, xp)
+        if not self.bends(xp):
+            return z
         a = z[..., : self.num_active]
         mean, log_scales = self.across(a, xp)
         rest = (z[..., self.num_active :] - mean) * xp.exp(-log_scales)
@@ -76,14 +80,16 @@ class Frame(NamedTuple):
         """Q' C^-1 (u - loc)."""
         if xp is jnp:
             centred = jnp.atleast_2d(u - self.loc).T
-            z = self.rotation.T @ solve_triangular(self.scale_tril, centred, lower=True)
+            z = exact(self.rotation.T, solve_triangular(self.scale_tril, centred, lower=True))
             return z.T.reshape(u.shape)
         return (u - self.loc) @ (self.rotation.T @ inverse_lower(self.scale_tril, xp)).T
 
     def log_det(self, y: Any, xp: Any = jnp) -> Any:
-        """Log |det du/dy| at coordinates y, shape () or (n,)."""
-        _, log_scales = self.across(y[..., : self.num_active], xp)
-        return xp.sum(xp.log(xp.diagonal(self.scale_tril))) + xp.sum(log_scales, axis=-1)
+        """Log |det du/dy| at coordinates y, shape () or (n,); one for all where nothing bends."""
+        straight = xp.sum(xp.log(xp.diagonal(self.scale_tril)))
+        if not self.bends(xp):
+            return straight
+        return straight + xp.sum(self.across(y[..., : self.num_active], xp)[1], axis=-1)
 
 
 def unbent(loc: Any, scale_tril: Any, rotation: Any, num_active: int, xp: Any = jnp) -> Frame:

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from vi_params._arrays import exact
 from vi_params.guides.frame import Frame
 from vi_params.solvers.solution import Slopes
 
@@ -26,7 +27,7 @@ def active_directions(frame: Frame, slopes: Slopes, num_active: int, xp: Any = j
 def scores(frame: Frame, slopes: Slopes, xp: Any = jnp) -> tuple[Any, Any, Any]:
     """Places in the straight coordinates of a frame, gradients of the log density in these, and
     weights: none where a gradient is not finite."""
-    gradient = slopes.gradient @ frame.scale_tril @ frame.rotation
+    gradient = exact(exact(slopes.gradient, frame.scale_tril, xp), frame.rotation, xp)
     usable = xp.all(xp.isfinite(gradient), axis=1) & xp.isfinite(slopes.weights)
     weights = xp.where(usable, slopes.weights, 0.0)
     gradient = xp.where(usable[:, None], gradient, 0.0)

@@ -45,7 +45,7 @@ LEAST, STEEPEST = 0.2, 1.0
 WHERE = "solvers.conditional_gaussian"
 
 
-def conditional_gaussian(target: Target, init: Solution, *, num_active: int = 2) -> Solution:
+def conditional_gaussian(target: Target, solution: Solution, *, num_active: int = 2) -> Solution:
     """A Gaussian whose mean and scales across a few directions follow them.
 
     For hierarchies, whose scales stretch many latents at once: what linear response leaves out,
@@ -58,15 +58,16 @@ def conditional_gaussian(target: Target, init: Solution, *, num_active: int = 2)
 
     Args:
         target: what was approximated.
-        init: what a dense `vi.linear_response` gave for it.
+        solution: what a dense `vi.linear_response` gave for it.
         num_active: how many directions, fewer than there are dimensions.
 
     Returns:
-        A `Solution` with a `vi.guides.active_mixture` guide; `info` is that of `init`.
+        A `Solution` with a `vi.guides.active_mixture` guide; `info` is that of `solution`.
 
     Raises:
-        ValueError: `init` has no gradients, or `num_active` is not among 1 .. dim - 1.
-        TypeError: `init` is no `Solution`.
+        ValueError: the solution has no gradients or is no Gaussian, or `num_active` is not among
+            1 .. dim - 1.
+        TypeError: the solution is none.
 
     Example:
         >>> def funnel(values, latents, data):
@@ -83,88 +84,80 @@ def conditional_gaussian(target: Target, init: Solution, *, num_active: int = 2)
         >>> bool(ess[1] > 2 * ess[0])
         True
     """
-    require_instance(init, Solution, "vi.linear_response(...)", f"{WHERE}, init")
-    name, dim = own_name(init.guide, f"{WHERE}, init"), flat(target).dim
+    where = f"{WHERE}, solution"
+    require_instance(solution, Solution, "vi.linear_response(...)", where)
+    name, dim = own_name(solution.guide, where), flat(target).dim
     require_count(num_active, "num_active", WHERE)
     if num_active >= dim:
         raise ValueError(
             explain(
                 "Nothing is left across the directions.",
-                expected=f"num_active from 1 to {dim - 1}, one less than the dimension",
-                received=str(num_active),
+                expected=f"fewer directions than dimensions, of which there are {dim}",
+                received=f"num_active={num_active}",
                 where=WHERE,
             )
         )
-    if init.slopes is None:
+    if solution.slopes is None:
         raise ValueError(
             explain(
                 "The solution has no gradients to learn from.",
                 expected="what a dense vi.linear_response returns",
-                received=f"a solution without slopes, parameters {sorted(init.params[name])}",
-                where=f"{WHERE}, init",
+                received=f"a solution without slopes, parameters {sorted(solution.params[name])}",
+                where=where,
+                hint="call vi.linear_response(target, solution) without a rank",
             )
         )
-    guide, find = program(_build, target, init.guide, num_active)
-    return init._replace(guide=guide, params=find(init.params, init.slopes))
+    guide, find = program(_build, target, solution.guide, num_active)
+    return solution._replace(guide=guide, params=find(solution.params, solution.slopes))
 
 
-def conditional_guide(target: Target, name: str, num_active: int) -> Guide:
-    """The family of guides."""
-    return active_mixture(target, len(SCALES), num_active, name=name)
-
-
-def conditional(own: Any, slopes: Slopes, num_active: int, xp: Any = jnp) -> Mixture:
-    """The conditional Gaussian of a Gaussian's constrained parameters, in a program or on the
-    host."""
-    loc, scale_tril = require_gaussian(own, f"{WHERE}, init")
-    dtype, rest = loc.dtype, len(loc) - num_active
-    frame = unbent(loc, scale_tril, xp.eye(len(loc), dtype=dtype), num_active, xp)
-    frame = frame._replace(rotation=active_directions(frame, slopes, num_active, xp))
-    scales = xp.asarray(SCALES, dtype)
-    along = Components(
-        xp.asarray(WEIGHTS, dtype),
-        xp.zeros((len(scales), num_active), dtype),
-        scales[:, None, None] * xp.eye(num_active, dtype=dtype),
-    )
-    across = xp.zeros((len(scales), rest), dtype)
-    return Mixture(Parts(along, Across(across, xp.ones_like(across))), bent(frame, slopes, xp))
-
-
-def bent(frame: Frame, slopes: Slopes, xp: Any = jnp) -> Frame:
+def bent(frame: Frame, slopes: Slopes) -> Frame:
     """The frame with the means and scales across that the gradients ask for."""
-    z, gradient, weights = scores(frame, slopes, xp)
+    z, gradient, weights = scores(frame, slopes)
     num_active = frame.num_active
-    terms, c, g = linear(z[:, :num_active], xp), z[:, num_active:], gradient[:, num_active:]
+    terms, c, g = linear(z[:, :num_active]), z[:, num_active:], gradient[:, num_active:]
     num, weighted = terms.shape[1], weights[:, None] * terms
     products = (weighted[:, :, None] * terms[:, None]).reshape(len(terms), num * num)
 
     def block(factor: Any) -> Any:
-        return exact(factor.T, products, xp).reshape(-1, num, num)
+        return exact(factor.T, products).reshape(-1, num, num)
 
     # The normal equations of every coordinate for (t, h), beyond what the Gaussian itself explains.
-    squares, cross, ones = block(c**2), block(-c), block(xp.ones_like(c))
-    top, bottom = xp.concatenate([squares, cross], 2), xp.concatenate([cross, ones], 2)
-    left = xp.concatenate([top, bottom], 1) + RIDGE * xp.eye(2 * num, dtype=c.dtype)
+    squares, cross, ones = block(c**2), block(-c), block(jnp.ones_like(c))
+    top, bottom = jnp.concatenate([squares, cross], 2), jnp.concatenate([cross, ones], 2)
+    left = jnp.concatenate([top, bottom], 1) + RIDGE * jnp.eye(2 * num, dtype=c.dtype)
     beyond = g + c
-    right = [exact(side.T, weighted, xp) for side in (-c * beyond, beyond)]
-    right = xp.concatenate(right, axis=1)[:, :, None]
-    t, shifts = xp.split(xp.linalg.solve(left, right)[:, :, 0].T, 2)
-    level = xp.maximum(1.0 + t[:1], LEAST)
-    steepness = xp.clip(-0.5 * t[1:] / level, -STEEPEST, STEEPEST)
-    log_scales = xp.concatenate([-0.5 * xp.log(level), steepness])
+    right = [exact(side.T, weighted) for side in (-c * beyond, beyond)]
+    right = jnp.concatenate(right, axis=1)[:, :, None]
+    t, shifts = jnp.split(jnp.linalg.solve(left, right)[:, :, 0].T, 2)
+    level = jnp.maximum(1.0 + t[:1], LEAST)
+    steepness = jnp.clip(-0.5 * t[1:] / level, -STEEPEST, STEEPEST)
+    log_scales = jnp.concatenate([-0.5 * jnp.log(level), steepness])
     found = frame._replace(shifts=shifts, log_scales=log_scales)
-    return where_tree(all_finite(found, xp=xp), found, frame, xp)
+    return where_tree(all_finite(found), found, frame)
 
 
 def _build(target: Target, start: Guide, num_active: int) -> tuple[Guide, Quick]:
     (name,) = start.declared
-    guide = conditional_guide(target, name, num_active)
+    guide = active_mixture(target, len(SCALES), num_active, name=name)
 
     @Quick
     def find(params: Any, slopes: Slopes) -> Any:
         own = constrain(start.declared, pick(params, start.declared))[name]
-        found = conditional(own, slopes, num_active)
-        rest = {key: params[key] for key in params if key != name}
-        return {**rest, **unconstrain(guide.declared, {name: found.values})}
+        loc, scale_tril = require_gaussian(own, f"{WHERE}, solution")
+        dtype, rest = loc.dtype, loc.size - num_active
+        frame = unbent(loc, scale_tril, jnp.eye(loc.size, dtype=dtype), num_active)
+        frame = frame._replace(rotation=active_directions(frame, slopes, num_active))
+        scales = jnp.asarray(SCALES, dtype)
+        along = Components(
+            jnp.asarray(WEIGHTS, dtype),
+            jnp.zeros((len(SCALES), num_active), dtype),
+            scales[:, None, None] * jnp.eye(num_active, dtype=dtype),
+        )
+        across = jnp.zeros((len(SCALES), rest), dtype)
+        parts = Parts(along, Across(across, jnp.ones_like(across)))
+        values = Mixture(parts, bent(frame, slopes)).values
+        others = {key: params[key] for key in params if key != name}
+        return {**others, **unconstrain(guide.declared, {name: values})}
 
     return guide, find

@@ -136,8 +136,8 @@ def require_directions(frame: Frame, num_active: int, where: str) -> None:
             explain(
                 "The solution to begin with has directions of its own.",
                 expected=f"num_active={frame.num_active}, as it has",
-                received=str(num_active),
-                where=f"{where}, with num_active",
+                received=f"num_active={num_active}",
+                where=where,
             )
         )
 
