@@ -28,7 +28,7 @@ BLOCK = 500
 STARTS = 1000
 """From how many draws `nuts_start` estimates the mass matrix."""
 
-NEARLY_ALL = 0.85
+NEARLY_ALL = 0.75
 """The share of effective draws above which a batch is resampled to its full size."""
 
 MOST_BATCHES = 25

@@ -31,6 +31,10 @@ DENSE = 32
 BLOCK = 2**22
 """About how many numbers an array may hold while the draws are evaluated side by side."""
 
+CACHED, COLUMNS = 2**18, 2**24
+"""About how many while Hessians are computed on a CPU: so many stay in its cache; and by how many
+columns at once they are at most."""
+
 FEW = 4
 """At how many draws a search begins."""
 
@@ -90,43 +94,59 @@ def expansion(
 ) -> Callable[..., tuple[jax.Array, jax.Array, Response]]:
     """`(x, stage) -> (F, its gradient, its Response)`; arguments as for `fixed_draws`."""
     num_draws, dim = draws.shape
-    at_once = divisor(num_draws, BLOCK // (size * (dim + num_model)))
+    width = dim + num_model
+    block = CACHED if jax.default_backend() == "cpu" else BLOCK
+    at_once, columns = divisor(num_draws, block // (size * width)), divisor(width, COLUMNS // size)
 
     @jax.jit  # traced once, though asked for more than once
     def expand(x: jax.Array, stage: Any) -> tuple[jax.Array, jax.Array, Response]:
         m, w, theta = split(x, dim)
 
         def one(e: jax.Array) -> tuple[jax.Array, ...]:
-            """A draw's share of F, of its gradient and of its Hessian, and its own gradient."""
-            spread = jnp.exp(w) * e
-
-            def lift(v: jax.Array) -> jax.Array:
-                """A' v: the z part counts for m and, times dz/dw, for w."""
-                return jnp.concatenate([v[:dim], (v[:dim].T * spread).T, v[dim:]])
+            """A draw's share of F, and its gradient and Hessian in (z, theta)."""
 
             def share(y: jax.Array) -> jax.Array:
                 return -log_density(y[:dim], y[dim:])
 
-            y = jnp.concatenate([m + spread, theta])
+            y = jnp.concatenate([m + jnp.exp(w) * e, theta])
             (value, slope), tangent = jax.linearize(jax.value_and_grad(share), y)
-            hessian = jax.vmap(lambda v: tangent(v)[1])(jnp.eye(y.size, dtype=y.dtype))
-            bend = jnp.zeros_like(x).at[dim : 2 * dim].set(spread * slope[:dim])
-            return value, lift(slope), lift(lift(hessian).T) + jnp.diag(bend), -slope[:dim]
+            hessian = over(lambda v: tangent(v)[1], jnp.eye(width, dtype=y.dtype), columns)
+            return value, slope, hessian
 
-        entropy = jnp.zeros_like(x).at[dim : 2 * dim].set(1.0)
+        def add(sums: tuple[jax.Array, ...], e: jax.Array) -> tuple[tuple, tuple]:
+            """Of Hessians only sums are kept: H, its z columns times dz/dw, and both sides so."""
+            values, slopes, hessians = over(one, e)
+            spread = jnp.exp(w) * e
+            right = hessians[:, :, :dim] * spread[:, None]
+            both = jnp.sum(right[:, :dim] * spread[:, :, None], 0)
+            both += jnp.diag(jnp.sum(spread * slopes[:, :dim], 0))
+            parts = hessians.sum(0), right.sum(0), both
+            z, rest = slopes[:, :dim], slopes[:, dim:]
+            lifted = jnp.concatenate([z, z * spread, rest], axis=1)
+            return tuple(map(jnp.add, sums, parts)), (values, lifted)
+
+        blank = tuple(jnp.zeros(shape, x.dtype) for shape in ((width, width), (width, dim)))
+        blank = (*blank, blank[1][:dim])
         if few is None:
             count = num_draws
-            values, lifted, hessians, slopes = over(one, draws, at_once)
+            sums, found = lax.scan(add, blank, draws.reshape(-1, at_once, dim))
+            values, lifted = (leaf.reshape(count, *leaf.shape[2:]) for leaf in found)
         else:
             # Their shapes are known: looking them up would trace the density once more.
-            shapes = (), x.shape, (x.size, x.size), (dim,)
             blocks = Blocks(draws, few, stage)
             count = blocks.number * blocks.size
-            side_by_side = divisor(blocks.size, at_once)
-            found = blocks.stacked(lambda e: over(one, e, side_by_side), shapes)
-            values, lifted, hessians, slopes = found
+            sums, (values, lifted) = blocks.stacked(add, blank, ((), x.shape))
+        plain, right, both = (leaf / count for leaf in sums)
+        hessian = jnp.block(
+            [
+                [plain[:dim, :dim], right[:dim], plain[:dim, dim:]],
+                [right[:dim].T, both, right[dim:].T],
+                [plain[dim:, :dim], right[dim:], plain[dim:, dim:]],
+            ]
+        )
+        entropy = jnp.zeros_like(x).at[dim : 2 * dim].set(1.0)
         pairs = lifted.reshape(2, -1, x.size).mean(0) - entropy
-        curvature = Response(hessians.sum(0) / count, pairs, slopes)
+        curvature = Response(hessian, pairs, -lifted[:, :dim])
         return values.sum() / count - jnp.sum(w), lifted.sum(0) / count - entropy, curvature
 
     return expand
@@ -168,21 +188,22 @@ class Blocks:
         return lax.fori_loop(0, self.number, add, blank)
 
     def stacked(
-        self, f: Callable[[jax.Array], tuple], shapes: tuple[tuple[int, ...], ...]
-    ) -> tuple[jax.Array, ...]:
-        """f of the blocks, arrays with a row of these shapes for every draw, in the order of all
-        draws; zeros where a stage has fewer."""
+        self, f: Callable[..., tuple], carry: jax.Array, shapes: tuple[tuple[int, ...], ...]
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """What `lax.scan(f, carry, blocks)` gives: the carry, and arrays with a row of these shapes
+        for every draw, in the order of all draws; zeros where a stage has fewer."""
 
         def put(i: jax.Array, found: tuple) -> tuple:
-            return tuple(
-                lax.dynamic_update_index_in_dim(old, now, i, 0)
-                for old, now in zip(found, f(self.block(i)), strict=True)
+            carry, rows = f(found[0], self.block(i))
+            kept = zip(found[1], rows, strict=True)
+            return carry, tuple(
+                lax.dynamic_update_index_in_dim(old, now, i, 0) for old, now in kept
             )
 
         dtype = self.draws.dtype
         blank = tuple(jnp.zeros((self.most, self.size, *shape), dtype) for shape in shapes)
-        found = lax.fori_loop(0, self.number, put, blank)
-        return tuple(
+        carry, found = lax.fori_loop(0, self.number, put, (carry, blank))
+        return carry, tuple(
             leaf.reshape(-1, 2, self.half, *shape).swapaxes(0, 1).reshape(-1, *shape)
             for leaf, shape in zip(found, shapes, strict=True)
         )

@@ -37,9 +37,6 @@ from vi_params.solvers.start import data_of
 from vi_params.solvers.trust_region import LAST
 from vi_params.target import Target, flat, whole
 
-HESSIANS = 2**24
-"""How many numbers the Hessians of all draws may hold."""
-
 
 def linear_response(
     target: Target, solution: Solution, data: Any = None, *, rank: int | None = None
@@ -111,7 +108,7 @@ def _build(target: Target, name: str) -> tuple[Guide, Quick, Quick]:
 
     @Quick
     def expand(params: Any, draws: jax.Array, data: Any) -> Response:
-        """The Hessian and scores that were not at hand: by draws, or by columns if too large."""
+        """The Hessian and scores that were not at hand: by columns where no second derivative is."""
         x, unit = layout.vector(params), layout.units(layout.vector(params))
         theta, x, unit = x[2 * dim :], x[: 2 * dim], unit[: 2 * dim]
 
@@ -119,7 +116,7 @@ def _build(target: Target, name: str) -> tuple[Guide, Quick, Quick]:
             return layout.log_density(data)(u, theta)
 
         by_draw = expansion(log_density, draws, layout.size(data), 0)
-        if draws.size * 4 * dim <= HESSIANS and exists(by_draw, draws, 0):
+        if exists(by_draw, draws, 0):
             return by_draw(x, LAST)[2]
 
         at_once = divisor(len(draws), BLOCK // layout.size(data))
