@@ -108,7 +108,8 @@ def _build(target: Target, name: str) -> tuple[Guide, Quick, Quick]:
 
     @Quick
     def expand(params: Any, draws: jax.Array, data: Any) -> Response:
-        """The Hessian and scores that were not at hand: by columns where no second derivative is."""
+        """The Hessian and scores that were not at hand: by columns where there is no second
+        derivative."""
         x, unit = layout.vector(params), layout.units(layout.vector(params))
         theta, x, unit = x[2 * dim :], x[: 2 * dim], unit[: 2 * dim]
 
