@@ -125,8 +125,8 @@ def expansion(
             lifted = jnp.concatenate([z, z * spread, rest], axis=1)
             return tuple(map(jnp.add, sums, parts)), (values, lifted)
 
-        blank = tuple(jnp.zeros(shape, x.dtype) for shape in ((width, width), (width, dim)))
-        blank = (*blank, blank[1][:dim])
+        shapes = (width, width), (width, dim), (dim, dim)
+        blank = tuple(jnp.zeros(shape, x.dtype) for shape in shapes)
         if few is None:
             count = num_draws
             sums, found = lax.scan(add, blank, draws.reshape(-1, at_once, dim))
@@ -188,8 +188,8 @@ class Blocks:
         return lax.fori_loop(0, self.number, add, blank)
 
     def stacked(
-        self, f: Callable[..., tuple], carry: jax.Array, shapes: tuple[tuple[int, ...], ...]
-    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        self, f: Callable[..., tuple], carry: Any, shapes: tuple[tuple[int, ...], ...]
+    ) -> tuple[Any, tuple[jax.Array, ...]]:
         """What `lax.scan(f, carry, blocks)` gives: the carry, and arrays with a row of these shapes
         for every draw, in the order of all draws; zeros where a stage has fewer."""
 
