@@ -73,7 +73,8 @@ def test_straight_coordinates_on_the_host():
     np.testing.assert_allclose(inside.log_det(jnp.asarray(y)), expected, rtol=1e-4)
 
 
-def test_it_is_found_from_gradients():
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_it_is_found_from_gradients(xp):
     """From the scores of natural parameters that are linear in a, these come back, as far as the
     Gaussian that they are drawn towards lets them; a gradient that is not finite does not count."""
     random = np.random.default_rng(1)
@@ -87,7 +88,7 @@ def test_it_is_found_from_gradients():
     gradient = scores @ np.linalg.inv(root)
     gradient[7] = np.nan
     slopes = Slopes(FRAME.loc + z @ root.T, gradient, np.full(400, 1 / 400))
-    found = jax.jit(bent)(*jax.tree.map(jnp.asarray, (straight, slopes)))
+    found = bent(*jax.tree.map(xp.asarray, (straight, slopes)), xp)
     np.testing.assert_allclose(found.shifts, shifts, atol=0.02)
     np.testing.assert_allclose(found.log_scales[0], -0.5 * np.log(precision[0]), atol=0.02)
     np.testing.assert_allclose(found.log_scales[1:], -0.5 * precision[1:] / precision[0], atol=0.02)
@@ -168,6 +169,22 @@ def test_rounds_go_on_from_it():
     after = judged(target, found, 16_000)
     assert after.k_hat < 0.7
     assert after.ess > 1.5 * max(judged(target, one, 16_000).ess for one in (begun, straight))
+
+
+def test_approximate_finds_it():
+    """The one call takes it where linear response is not good enough, and its draws have the
+    moments in closed form."""
+    target = vi.target(hierarchy, {"scale": vi.Latent(()), "rest": vi.Latent((30,))})
+    posterior = vi.approximate(target, KEY)
+    assert posterior.trustworthy
+    response, conditional = posterior.table.rows
+    assert response[0] == "linear response"
+    assert conditional[0] == "* conditional Gaussian"
+    assert conditional[2] > 3 * response[2]
+    draws = posterior.draws(jax.random.key(1), 8000)
+    np.testing.assert_allclose(draws["scale"].mean(), 0.0, atol=0.06)
+    np.testing.assert_allclose(draws["scale"].std(), 1.0, rtol=0.06)
+    np.testing.assert_allclose(draws["rest"].std(), np.exp(STRETCH**2), rtol=0.06)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from vi_params.approximation.candidate import wide_tailed
+from vi_params.approximation.conditional import are_many, compile_conditional
 from vi_params.approximation.judge import compile_density
 from vi_params.approximation.polish import compile_polish
 from vi_params.approximation.proposals import compile_values
@@ -50,4 +51,6 @@ def compile_usual(
     latents = compile_density(pool, target, params, data)
     compile_draws(pool, given, params, latents, data)
     if polished:
-        compile_polish(pool, target, guide, draws.dtype)
+        compile_polish(pool, target, guide)
+        if are_many(target):
+            compile_conditional(pool, target, guide)

@@ -35,6 +35,9 @@ LIGHT = 0.5
 GOOD = LIGHT, 0.2
 """The k-hat below which, and the share of effective draws above which, nothing is left to gain."""
 
+GOOD_SHAPE = 0.6, 0.4
+"""The same of what is not Gaussian: little more is gained."""
+
 
 class Candidate(NamedTuple):
     """An approximation that was tried.
@@ -48,6 +51,7 @@ class Candidate(NamedTuple):
         spread: the worst of the standard deviations as these draws show them; None where there is
             but one batch, and of what is not to be trusted.
         good: the k-hat and the share of effective draws at which it is good enough.
+        counts: whether it may be chosen.
     """
 
     name: str
@@ -57,6 +61,7 @@ class Candidate(NamedTuple):
     judge: Judge
     spread: Spread | None = None
     good: tuple[float, float] = GOOD
+    counts: bool = True
 
     @property
     def k_hat(self) -> float:
@@ -91,9 +96,15 @@ class Candidate(NamedTuple):
         return is_reliable(self.diagnosis)
 
 
-def judged(name: str, solution: Solution, judge: Judge, keys: Iterator[jax.Array]) -> Candidate:
+def judged(
+    name: str,
+    solution: Solution,
+    judge: Judge,
+    keys: Iterator[jax.Array],
+    good: tuple[float, float] = GOOD,
+) -> Candidate:
     """The candidate of a solution, by two batches of draws."""
-    return confirmed(*(once(name, solution, judge, next(keys)) for _ in range(2)))
+    return confirmed(*(once(name, solution, judge, next(keys), good) for _ in range(2)))
 
 
 def once(
@@ -163,9 +174,13 @@ def _wide_tailed(target: Target, name: str) -> Guide:
 
 
 def best_of(candidates: list[Candidate]) -> Candidate:
-    """Of those to be trusted that miss no mass which another one sees, the one of the largest
-    merit, one whose spreads show before others. Where none is to be trusted, the one whose weights
-    have the lightest tail, and among light ones the most effective."""
+    """The one to be chosen, of those that count.
+
+    Of those to be trusted that miss no mass which another one sees, the one of the largest merit,
+    one whose spreads show before others. Where none is to be trusted, the one whose weights have
+    the lightest tail, and among light ones the most effective.
+    """
+    candidates = [one for one in candidates if one.counts]
     trusted = [one for one in candidates if one.is_trustworthy]
     if trusted:
         evidences = [

@@ -8,17 +8,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from vi_params._cache import program
-from vi_params._compile import Quick
-from vi_params.approximation.candidate import Candidate, best_of, confirmed, once
+from vi_params.approximation.candidate import GOOD_SHAPE, Candidate, best_of, confirmed, once
+from vi_params.approximation.conditional import ACTIVE as GIVEN
 from vi_params.approximation.judge import judge_of_proposal
-from vi_params.approximation.proposals import mixture, values_of
+from vi_params.approximation.proposals import compile_params, mixture, params_of, values_of
 from vi_params.approximation.result import resampled
 from vi_params.approximation.tails import towards_spreads
 from vi_params.guide import Guide
-from vi_params.guides.active_mixture import Across, Parts
-from vi_params.guides.frame import Frame
-from vi_params.guides.mixture import Components
 from vi_params.importance import Weighted
 from vi_params.solvers.mixture_families import Mixture
 from vi_params.solvers.population_monte_carlo import DF, Population, population
@@ -42,10 +38,6 @@ LARGEST = 500
 
 ROUNDS = 16
 """How many rounds are made at most."""
-
-GOOD = 0.6, 0.4
-"""They end below this k-hat and above this share of effective draws: little more is gained, and
-another batch of draws must confirm it."""
 
 WIDENED = 2
 """How many more are made towards spreads that the draws do not show."""
@@ -78,19 +70,20 @@ def polish(
         data: the data.
     """
     begun = start.solution
-    rounds = _rounds(target, begun.guide)
-    _compile_params(pool, rounds, target, begun.noise.dtype)
+    own = values_of(begun)
+    rounds = _rounds(pool, target, begun.guide, own)
     num_draws = DRAWS if flat(target).dim > FEW_LATENTS else FEWER_DRAWS
 
     def judged(now: Mixture) -> Candidate:
         judge = judge_of_proposal(target, mixture(now, DF), begun.params, data, num_draws)
-        return once(POLISHED, begun, judge, next(keys), GOOD)  # the mixture is its solution at last
+        # The mixture is its solution at last.
+        return once(POLISHED, begun, judge, next(keys), GOOD_SHAPE)
 
     def begin() -> Mixture:
         drawn = start.batches[0]
         position = np.asarray(drawn.position)[resampled(next(keys), drawn.smoothed.log_weights)]
         first, slopes = position[:COMPONENTS].astype(float), jax.device_get(begun.slopes)
-        return refit(rounds.begin(values_of(begun), first, drawn, slopes, np), drawn)
+        return refit(rounds.begin(own, first, drawn, slopes, np), drawn)
 
     def refit(now: Mixture, drawn: Weighted) -> Mixture:
         return rounds.refit(now, drawn, np)
@@ -104,7 +97,7 @@ def polish(
         if best is found:
             break
         now, found = wider, best
-    params = {**begun.params, **program(_params, rounds)(now)}
+    params = {**begun.params, **params_of(rounds.guide, now)}
     return found._replace(solution=begun._replace(guide=rounds.guide, params=params))
 
 
@@ -133,42 +126,26 @@ def _settled(
     raise AssertionError  # rounds are counted
 
 
-def compile_polish(pool: Executor, target: Target, start: Guide, dtype: Any) -> None:
+def compile_polish(pool: Executor, target: Target, start: Guide) -> None:
     """Has compiled, by threads of `pool`, what `polish` needs from a guide on."""
-    if flat(target).dim > LARGEST:
-        return
-    _compile_params(pool, _rounds(target, start), target, dtype)
+    if flat(target).dim <= LARGEST:
+        (own,) = start.declared.values()
+        _rounds(pool, target, start, own)
 
 
-def _rounds(target: Target, start: Guide) -> Population:
-    return population(target, start, COMPONENTS, DF, _num_active(target))
-
-
-def _num_active(target: Target) -> int | None:
-    """Along how many directions the components are free; None for all."""
-    return None if flat(target).dim <= FREE else ACTIVE
+def _rounds(pool: Executor, target: Target, start: Guide, own: Any) -> Population:
+    """What the rounds are made of: the components are free in all directions, along the most
+    active, or along those that a conditional Gaussian has among its parameters, `own`."""
+    dim = flat(target).dim
+    num_active = None if dim <= FREE else ACTIVE
+    if "frame" in own:
+        num_active = GIVEN
+    rounds = population(target, start, COMPONENTS, DF, num_active)
+    compile_params(pool, rounds.guide, COMPONENTS + 1, dim, num_active)  # and the guard
+    return rounds
 
 
 def is_stale(shares: list[float]) -> bool:
     """Whether the last rounds were in vain, by the shares of effective draws of all."""
     before = shares[:-PATIENCE]
     return bool(before) and max(shares) < GAIN * max(before)
-
-
-def _params(rounds: Population) -> Quick:
-    return Quick(rounds.params)
-
-
-def _compile_params(pool: Executor, rounds: Population, target: Target, dtype: Any) -> None:
-    """Has the program compiled that gives a mixture's parameters."""
-    dim, number = flat(target).dim, COMPONENTS + 1  # and the guard
-    along = _num_active(target) or dim
-
-    def array(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    components = Components(array(number), array(number, along), array(number, along, along))
-    across = Across(array(number, dim - along), array(number, dim - along))
-    square, bend = array(dim, dim), array(1 + along, dim - along)
-    frame = None if along == dim else Frame(array(dim), square, square, bend, bend)
-    program(_params, rounds).ahead(pool, Mixture(Parts(components, across), frame))

@@ -18,8 +18,9 @@ from vi_params._tree import pick
 from vi_params.guide import Guide
 from vi_params.guides.active_mixture import Across, Parts, part_terms
 from vi_params.guides.contaminated import SCALES, WEIGHTS
+from vi_params.guides.frame import Frame
 from vi_params.guides.mixture import Components, log_elliptical
-from vi_params.params import constrain
+from vi_params.params import constrain, unconstrain
 from vi_params.solvers.mixture_families import Mixture
 from vi_params.solvers.solution import Solution
 
@@ -95,12 +96,12 @@ def proposal_of(solution: Solution) -> Proposal | None:
     return None
 
 
-def values_of(solution: Solution) -> dict[str, np.ndarray]:
+def values_of(solution: Solution) -> dict[str, Any]:
     """The constrained parameters of a guide's family, on the host in float64."""
     guide = solution.guide
     (name,) = guide.declared
     values = jax.device_get(program(_values, guide)(pick(solution.params, guide.declared)))
-    return {field: np.asarray(leaf, float) for field, leaf in values[name].items()}
+    return jax.tree.map(lambda leaf: np.asarray(leaf, float), values[name])
 
 
 def compile_values(pool: Executor, guide: Guide, params: Any) -> None:
@@ -110,3 +111,30 @@ def compile_values(pool: Executor, guide: Guide, params: Any) -> None:
 
 def _values(guide: Guide) -> Quick:
     return Quick(lambda params: constrain(guide.declared, params))
+
+
+def params_of(guide: Guide, found: Mixture) -> dict[str, Any]:
+    """The parameters of a guide that is a mixture."""
+    return program(_params, guide)(found.values)
+
+
+def compile_params(
+    pool: Executor, guide: Guide, number: int, dim: int, num_active: int | None
+) -> None:
+    """Has the program of `params_of` compiled by a thread of `pool`, for so many components, of
+    vectors of so many coordinates, free along so many directions; None for all."""
+    along, dtype = num_active or dim, jax.dtypes.canonicalize_dtype(float)
+
+    def array(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    components = Components(array(number), array(number, along), array(number, along, along))
+    across = Across(array(number, dim - along), array(number, dim - along))
+    square, bend = array(dim, dim), array(1 + along, dim - along)
+    frame = None if num_active is None else Frame(array(dim), square, square, bend, bend)
+    program(_params, guide).ahead(pool, Mixture(Parts(components, across), frame).values)
+
+
+def _params(guide: Guide) -> Quick:
+    (name,) = guide.declared
+    return Quick(lambda values: unconstrain(guide.declared, {name: values}))

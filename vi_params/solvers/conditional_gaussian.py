@@ -111,52 +111,62 @@ def conditional_gaussian(target: Target, solution: Solution, *, num_active: int 
     return solution._replace(guide=guide, params=find(solution.params, solution.slopes))
 
 
-def bent(frame: Frame, slopes: Slopes) -> Frame:
+def conditional_guide(target: Target, name: str, num_active: int) -> Guide:
+    """The family of guides."""
+    return active_mixture(target, len(SCALES), num_active, name=name)
+
+
+def conditional(own: Any, slopes: Slopes, num_active: int, xp: Any = jnp) -> Mixture:
+    """The conditional Gaussian of a Gaussian's constrained parameters, in a program or on the
+    host."""
+    loc, scale_tril = require_gaussian(own, f"{WHERE}, solution")
+    dtype, rest = loc.dtype, len(loc) - num_active
+    frame = unbent(loc, scale_tril, xp.eye(len(loc), dtype=dtype), num_active, xp)
+    frame = frame._replace(rotation=active_directions(frame, slopes, num_active, xp))
+    scales = xp.asarray(SCALES, dtype)
+    along = Components(
+        xp.asarray(WEIGHTS, dtype),
+        xp.zeros((len(SCALES), num_active), dtype),
+        scales[:, None, None] * xp.eye(num_active, dtype=dtype),
+    )
+    across = xp.zeros((len(SCALES), rest), dtype)
+    return Mixture(Parts(along, Across(across, xp.ones_like(across))), bent(frame, slopes, xp))
+
+
+def bent(frame: Frame, slopes: Slopes, xp: Any = jnp) -> Frame:
     """The frame with the means and scales across that the gradients ask for."""
-    z, gradient, weights = scores(frame, slopes)
+    z, gradient, weights = scores(frame, slopes, xp)
     num_active = frame.num_active
-    terms, c, g = linear(z[:, :num_active]), z[:, num_active:], gradient[:, num_active:]
+    terms, c, g = linear(z[:, :num_active], xp), z[:, num_active:], gradient[:, num_active:]
     num, weighted = terms.shape[1], weights[:, None] * terms
     products = (weighted[:, :, None] * terms[:, None]).reshape(len(terms), num * num)
 
     def block(factor: Any) -> Any:
-        return exact(factor.T, products).reshape(-1, num, num)
+        return exact(factor.T, products, xp).reshape(-1, num, num)
 
     # The normal equations of every coordinate for (t, h), beyond what the Gaussian itself explains.
-    squares, cross, ones = block(c**2), block(-c), block(jnp.ones_like(c))
-    top, bottom = jnp.concatenate([squares, cross], 2), jnp.concatenate([cross, ones], 2)
-    left = jnp.concatenate([top, bottom], 1) + RIDGE * jnp.eye(2 * num, dtype=c.dtype)
+    squares, cross, ones = block(c**2), block(-c), block(xp.ones_like(c))
+    top, bottom = xp.concatenate([squares, cross], 2), xp.concatenate([cross, ones], 2)
+    left = xp.concatenate([top, bottom], 1) + RIDGE * xp.eye(2 * num, dtype=c.dtype)
     beyond = g + c
-    right = [exact(side.T, weighted) for side in (-c * beyond, beyond)]
-    right = jnp.concatenate(right, axis=1)[:, :, None]
-    t, shifts = jnp.split(jnp.linalg.solve(left, right)[:, :, 0].T, 2)
-    level = jnp.maximum(1.0 + t[:1], LEAST)
-    steepness = jnp.clip(-0.5 * t[1:] / level, -STEEPEST, STEEPEST)
-    log_scales = jnp.concatenate([-0.5 * jnp.log(level), steepness])
+    right = [exact(side.T, weighted, xp) for side in (-c * beyond, beyond)]
+    right = xp.concatenate(right, axis=1)[:, :, None]
+    t, shifts = xp.split(xp.linalg.solve(left, right)[:, :, 0].T, 2)
+    level = xp.maximum(1.0 + t[:1], LEAST)
+    steepness = xp.clip(-0.5 * t[1:] / level, -STEEPEST, STEEPEST)
+    log_scales = xp.concatenate([-0.5 * xp.log(level), steepness])
     found = frame._replace(shifts=shifts, log_scales=log_scales)
-    return where_tree(all_finite(found), found, frame)
+    return where_tree(all_finite(found, xp=xp), found, frame, xp)
 
 
 def _build(target: Target, start: Guide, num_active: int) -> tuple[Guide, Quick]:
     (name,) = start.declared
-    guide = active_mixture(target, len(SCALES), num_active, name=name)
+    guide = conditional_guide(target, name, num_active)
 
     @Quick
     def find(params: Any, slopes: Slopes) -> Any:
         own = constrain(start.declared, pick(params, start.declared))[name]
-        loc, scale_tril = require_gaussian(own, f"{WHERE}, solution")
-        dtype, rest = loc.dtype, loc.size - num_active
-        frame = unbent(loc, scale_tril, jnp.eye(loc.size, dtype=dtype), num_active)
-        frame = frame._replace(rotation=active_directions(frame, slopes, num_active))
-        scales = jnp.asarray(SCALES, dtype)
-        along = Components(
-            jnp.asarray(WEIGHTS, dtype),
-            jnp.zeros((len(SCALES), num_active), dtype),
-            scales[:, None, None] * jnp.eye(num_active, dtype=dtype),
-        )
-        across = jnp.zeros((len(SCALES), rest), dtype)
-        parts = Parts(along, Across(across, jnp.ones_like(across)))
-        values = Mixture(parts, bent(frame, slopes)).values
+        values = conditional(own, slopes, num_active).values
         others = {key: params[key] for key in params if key != name}
         return {**others, **unconstrain(guide.declared, {name: values})}
 
