@@ -18,7 +18,7 @@ import vi_params as vi
 from vi_params._cache import program
 from vi_params._compile import Quick
 from vi_params.approximation.candidate import Candidate, best_of
-from vi_params.approximation.judge import judge_of_guide
+from vi_params.approximation.judge import BATCH, FEWER, judge_of_guide
 from vi_params.approximation.polish import is_stale
 from vi_params.approximation.result import _deterministic
 from vi_params.approximation.tails import Spread, towards_spreads, worst_spread
@@ -389,6 +389,30 @@ def test_those_whose_spreads_show_come_first():
     assert hopeless.is_good  # other draws gain nothing
     assert not hopeless.is_shown
     assert best_of([unshown, tried(0.75, 0.9)]) is unshown
+
+
+@pytest.mark.parametrize(("skewness", "num_draws"), [(0.0, FEWER), (0.3, BATCH)])
+def test_few_draws_are_enough_for_what_is_clear(skewness, num_draws):
+    """Where densities take long, a Gaussian is judged by few draws, what is none by all; of either
+    the moments are those of the closed form."""
+
+    def log_density(values, latents, data):
+        spread = jnp.exp(skewness * latents["x"])
+        shown = dist.Normal(latents["x"], jnp.sqrt(len(data))).log_prob(data).sum()
+        return shown + dist.Normal(0.0, spread).log_prob(latents["y"])
+
+    target = vi.target(log_density, {n: vi.Latent(()) for n in "xy"}, data=jnp.zeros(6000))
+    found = vi.approximate(target, KEY, polish=False)
+    assert found.diagnosis.num_draws == num_draws
+    assert found.trustworthy
+    draws = found.draws(jax.random.key(1), 8000)
+    np.testing.assert_allclose(draws["x"].std(), 1.0, rtol=0.06)
+    np.testing.assert_allclose(draws["y"].std(), np.exp(skewness**2), rtol=0.1)
+
+
+def test_what_does_not_count_is_not_taken():
+    lucky = tried(0.2, 0.9)._replace(counts=False)
+    assert best_of([lucky, tried(0.6, 0.2)]).share == 0.2
 
 
 def test_rounds_end_when_the_last_ones_were_in_vain():

@@ -25,7 +25,7 @@ from vi_params.approximation.conditional import can_condition, conditioned
 from vi_params.approximation.flow import can_flow, flowed
 from vi_params.approximation.judge import BATCH
 from vi_params.approximation.optima import optima
-from vi_params.approximation.polish import can_polish
+from vi_params.approximation.polish import can_polish, start_of_polish
 from vi_params.approximation.polish import polish as polished
 from vi_params.approximation.result import Approximation
 from vi_params.diagnostics import check
@@ -170,10 +170,10 @@ def _tried(
     best = start = best_of(candidates)
     if polish and not best.is_good and len(modes) == 1 and can_condition(target, wide):
         own = (jax.random.fold_in(first, i) for i in itertools.count())
-        candidates.append(conditioned(pool, target, wide, own, data))
-        best = best_of(candidates)
-        # What is not to be trusted itself is no better a start than linear response is.
-        start = candidates[-1] if candidates[-1].is_trustworthy else start
+        bent = conditioned(pool, target, wide, own, data)
+        candidates.append(bent)
+        best = bent if bent.counts else best
+        start = start_of_polish(target, start, bent)
     if polish and not best.is_good and can_polish(target, start):
         candidates.append(polished(pool, target, start, keys, data))
         best = best_of(candidates)

@@ -35,6 +35,9 @@ LIGHT = 0.5
 GOOD = LIGHT, 0.2
 """The k-hat below which, and the share of effective draws above which, nothing is left to gain."""
 
+CLEAR = 0.3, 0.5
+"""The k-hat below which, and the share above which, few draws are enough to tell."""
+
 GOOD_SHAPE = 0.6, 0.4
 """The same of what is not Gaussian: little more is gained."""
 
@@ -86,6 +89,12 @@ class Candidate(NamedTuple):
         return self.k_hat < k_hat and self.share > share and not can_gain
 
     @property
+    def is_clear(self) -> bool:
+        """Whether more draws would tell the same."""
+        k_hat, share = CLEAR
+        return self.is_good and self.k_hat < k_hat and self.share > share
+
+    @property
     def is_shown(self) -> bool:
         """Whether no standard deviation is known not to show."""
         return self.spread is None or self.spread.is_shown
@@ -103,8 +112,18 @@ def judged(
     keys: Iterator[jax.Array],
     good: tuple[float, float] = GOOD,
 ) -> Candidate:
-    """The candidate of a solution, by two batches of draws."""
-    return confirmed(*(once(name, solution, judge, next(keys), good) for _ in range(2)))
+    """The candidate of a solution, by two batches of draws; where densities take long and these
+    leave no doubt, small ones."""
+
+    def by(num_draws: int) -> Candidate:
+        batches = (once(name, solution, judge, next(keys), good, num_draws) for _ in range(2))
+        return confirmed(*batches)
+
+    if judge.block < judge.num_draws:
+        found = by(judge.block)
+        if found.is_clear:
+            return found
+    return by(judge.num_draws)
 
 
 def once(
@@ -113,9 +132,10 @@ def once(
     judge: Judge,
     key: jax.Array,
     good: tuple[float, float] = GOOD,
+    num_draws: int | None = None,
 ) -> Candidate:
     """The candidate of a solution, by one batch of draws."""
-    drawn, diagnosis = judge(key)
+    drawn, diagnosis = judge(key, num_draws)
     return Candidate(name, solution, diagnosis, (drawn,), judge, good=good)
 
 

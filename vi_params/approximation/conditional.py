@@ -11,6 +11,7 @@ from vi_params._cache import program
 from vi_params.approximation.candidate import GOOD_SHAPE, Candidate, judged
 from vi_params.approximation.judge import BATCH, judge_of_proposal
 from vi_params.approximation.proposals import compile_params, mixture, params_of, values_of
+from vi_params.approximation.tails import HEAVY_ERROR
 from vi_params.guide import Guide
 from vi_params.guides.contaminated import SCALES
 from vi_params.solvers.conditional_gaussian import conditional, conditional_guide
@@ -40,8 +41,8 @@ def can_condition(target: Target, start: Solution) -> bool:
 def conditioned(
     pool: Executor, target: Target, start: Solution, keys: Iterator[jax.Array], data: Any
 ) -> Candidate:
-    """The conditional Gaussian of a linear response, judged; it counts where it is good: the tails
-    of one that is less so show in few of its draws.
+    """The conditional Gaussian of a linear response, judged; it counts where it is good and spreads
+    show well: few of its draws tell of tails that it lacks.
 
     Args:
         pool: whose threads compile.
@@ -56,7 +57,9 @@ def conditioned(
     judge = judge_of_proposal(target, mixture(found, None), params, data, BATCH)
     solution = start._replace(guide=guide, params=params)
     candidate = judged(CONDITIONAL, solution, judge, keys, GOOD_SHAPE)
-    return candidate._replace(counts=candidate.is_good)
+    spread = candidate.spread
+    shows = spread is not None and spread.error <= HEAVY_ERROR
+    return candidate._replace(counts=candidate.is_good and shows)
 
 
 def compile_conditional(pool: Executor, target: Target, start: Guide) -> Guide:

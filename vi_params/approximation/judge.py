@@ -27,6 +27,9 @@ from vi_params.target import Target, flat
 BATCH = 4000
 """By how many draws a Gaussian is judged, and at how many at once a log density is computed."""
 
+FEWER = 1000
+"""At how many at once where that takes long, and by how many a clear case is judged then."""
+
 
 class Judge(NamedTuple):
     """Judges a guide at its parameters by batches of draws.
@@ -68,10 +71,10 @@ def judge_of_proposal(
         proposal: what draws.
         params: holds the target's own parameters.
         data: the data.
-        num_draws: of a batch, at most `BATCH` or a multiple of that.
+        num_draws: of a batch, a multiple of `BATCH`.
     """
     density, own = _density_of(target, data), pick(params, target.declared)
-    size = min(BATCH, num_draws)
+    size = min(_rows(target, data), num_draws)
 
     def draw(key: jax.Array, num_draws: int) -> tuple[Any, Any, np.ndarray]:
         u = proposal.draw(generator(key), num_draws).astype(_dtype())
@@ -91,7 +94,7 @@ def judge_of_proposal(
 
 def compile_density(pool: Executor, target: Target, params: Any, data: Any) -> Any:
     """Has the density compiled by a thread of `pool`; gives the shapes of the latents."""
-    u = jax.ShapeDtypeStruct((BATCH, flat(target).dim), _dtype())
+    u = jax.ShapeDtypeStruct((_rows(target, data), flat(target).dim), _dtype())
     return _density_of(target, data).ahead(pool, pick(params, target.declared), u, data)[0]
 
 
@@ -110,7 +113,12 @@ def _dtype() -> Any:
 
 
 def _density_of(target: Target, data: Any) -> Quick:
-    return program(_density, target, at_once(BATCH, target, data) == BATCH)
+    return program(_density, target, _rows(target, data) == BATCH)
+
+
+def _rows(target: Target, data: Any) -> int:
+    """At how many draws the density of a target is computed by one call of the program."""
+    return BATCH if at_once(BATCH, target, data) == BATCH else FEWER
 
 
 def _density(target: Target, is_short: bool) -> Quick:

@@ -57,6 +57,13 @@ def can_polish(target: Target, start: Candidate) -> bool:
     return flat(target).dim <= (FREE if is_mixture else LARGEST)
 
 
+def start_of_polish(target: Target, response: Candidate, conditional: Candidate) -> Candidate:
+    """Which of the two the rounds begin with: in few dimensions directions of their own are better,
+    and what is not to be trusted is no better a start than linear response is."""
+    is_better = flat(target).dim > FREE and conditional.is_trustworthy
+    return conditional if is_better else response
+
+
 def polish(
     pool: Executor, target: Target, start: Candidate, keys: Iterator[jax.Array], data: Any
 ) -> Candidate:
