@@ -25,7 +25,7 @@ from vi_params.approximation.conditional import can_condition, conditioned
 from vi_params.approximation.flow import can_flow, flowed
 from vi_params.approximation.judge import BATCH
 from vi_params.approximation.optima import optima
-from vi_params.approximation.polish import can_polish, start_of_polish
+from vi_params.approximation.polish import can_polish
 from vi_params.approximation.polish import polish as polished
 from vi_params.approximation.result import Approximation
 from vi_params.diagnostics import check
@@ -63,11 +63,10 @@ def approximate(
     to 1000 dimensions); where distinct optima were found, their mixture; where that is not good
     enough, of one optimum in more than 8 dimensions, a Gaussian whose scales follow two directions
     (`vi.solvers.conditional_gaussian`), which counts where it is good; then a mixture of Student-t
-    distributions polished by population Monte Carlo: along these two where that Gaussian is to be
-    trusted, else in all directions in up to 32 dimensions and along the most active ones in up to
-    500. It stops at the first that is good: k-hat below 0.5, a fifth of the draws effective and no
-    spread that other draws might show; for the last two, which gain little more, 0.6 and two
-    fifths.
+    distributions polished by population Monte Carlo, in all directions in up to 32 dimensions and
+    along the most active ones in up to 500. It stops at the first that is good: k-hat below 0.5, a
+    fifth of the draws effective and no spread that other draws might show; for the last two, which
+    gain little more, 0.6 and two fifths.
 
     Trusted is what has a k-hat below 0.7 in two independent judgements, 15 % of the draws effective
     and spreads that show; of several, of those whose log evidence shows that they miss no mass, one
@@ -167,16 +166,15 @@ def _tried(
         merged = merge(target, modes, next(keys), data, num_draws=BATCH)
         name = f"{len(modes)} optima merged"
         candidates.append(judged(name, merged, judge_of(target, merged, data), keys))
-    best = start = best_of(candidates)
-    if polish and not best.is_good and len(modes) == 1 and can_condition(target, wide):
+    best = best_of(candidates)
+    is_good = best.is_good
+    if polish and not is_good and len(modes) == 1 and can_condition(target, wide):
         own = (jax.random.fold_in(first, i) for i in itertools.count())
-        bent = conditioned(pool, target, wide, own, data)
-        candidates.append(bent)
-        best = bent if bent.counts else best
-        start = start_of_polish(target, start, bent)
-    if polish and not best.is_good and can_polish(target, start):
-        candidates.append(polished(pool, target, start, keys, data))
-        best = best_of(candidates)
+        candidates.append(conditioned(pool, target, wide, own, data))
+        is_good = candidates[-1].counts
+    if polish and not is_good and can_polish(target, best):
+        candidates.append(polished(pool, target, best, keys, data))
+    best = best_of(candidates)
     if flow and not best.is_trustworthy and can_flow(candidates[0]):
         candidates.append(flowed(target, candidates[0], keys, data))
     return candidates

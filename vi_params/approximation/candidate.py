@@ -35,11 +35,11 @@ LIGHT = 0.5
 GOOD = LIGHT, 0.2
 """The k-hat below which, and the share of effective draws above which, nothing is left to gain."""
 
-CLEAR = 0.3, 0.5
-"""The k-hat below which, and the share above which, few draws are enough to tell."""
-
 GOOD_SHAPE = 0.6, 0.4
 """The same of what is not Gaussian: little more is gained."""
+
+CLEAR = 0.3, 0.5
+"""The k-hat below which, and the share above which, few draws are enough to tell."""
 
 
 class Candidate(NamedTuple):

@@ -53,13 +53,13 @@ def conditioned(
     """
     guide = compile_conditional(pool, target, start.guide)
     found = conditional(values_of(start), jax.device_get(start.slopes), ACTIVE, np)
-    params = {**start.params, **params_of(guide, found)}
-    judge = judge_of_proposal(target, mixture(found, None), params, data, BATCH)
-    solution = start._replace(guide=guide, params=params)
-    candidate = judged(CONDITIONAL, solution, judge, keys, GOOD_SHAPE)
+    judge = judge_of_proposal(target, mixture(found, None), start.params, data, BATCH)
+    candidate = judged(CONDITIONAL, start, judge, keys, GOOD_SHAPE)
     spread = candidate.spread
-    shows = spread is not None and spread.error <= HEAVY_ERROR
-    return candidate._replace(counts=candidate.is_good and shows)
+    if not (candidate.is_good and spread is not None and spread.error <= HEAVY_ERROR):
+        return candidate._replace(counts=False)
+    params = {**start.params, **params_of(guide, found)}
+    return candidate._replace(solution=start._replace(guide=guide, params=params))
 
 
 def compile_conditional(pool: Executor, target: Target, start: Guide) -> Guide:

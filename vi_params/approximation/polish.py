@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from vi_params.approximation.candidate import GOOD_SHAPE, Candidate, best_of, confirmed, once
-from vi_params.approximation.conditional import ACTIVE as GIVEN
 from vi_params.approximation.judge import judge_of_proposal
 from vi_params.approximation.proposals import compile_params, mixture, params_of, values_of
 from vi_params.approximation.result import resampled
@@ -57,13 +56,6 @@ def can_polish(target: Target, start: Candidate) -> bool:
     return flat(target).dim <= (FREE if is_mixture else LARGEST)
 
 
-def start_of_polish(target: Target, response: Candidate, conditional: Candidate) -> Candidate:
-    """Which of the two the rounds begin with: in few dimensions directions of their own are better,
-    and what is not to be trusted is no better a start than linear response is."""
-    is_better = flat(target).dim > FREE and conditional.is_trustworthy
-    return conditional if is_better else response
-
-
 def polish(
     pool: Executor, target: Target, start: Candidate, keys: Iterator[jax.Array], data: Any
 ) -> Candidate:
@@ -77,8 +69,7 @@ def polish(
         data: the data.
     """
     begun = start.solution
-    own = values_of(begun)
-    rounds = _rounds(pool, target, begun.guide, own)
+    rounds = _rounds(pool, target, begun.guide)
     num_draws = DRAWS if flat(target).dim > FEW_LATENTS else FEWER_DRAWS
 
     def judged(now: Mixture) -> Candidate:
@@ -90,7 +81,7 @@ def polish(
         drawn = start.batches[0]
         position = np.asarray(drawn.position)[resampled(next(keys), drawn.smoothed.log_weights)]
         first, slopes = position[:COMPONENTS].astype(float), jax.device_get(begun.slopes)
-        return refit(rounds.begin(own, first, drawn, slopes, np), drawn)
+        return refit(rounds.begin(values_of(begun), first, drawn, slopes, np), drawn)
 
     def refit(now: Mixture, drawn: Weighted) -> Mixture:
         return rounds.refit(now, drawn, np)
@@ -136,17 +127,14 @@ def _settled(
 def compile_polish(pool: Executor, target: Target, start: Guide) -> None:
     """Has compiled, by threads of `pool`, what `polish` needs from a guide on."""
     if flat(target).dim <= LARGEST:
-        (own,) = start.declared.values()
-        _rounds(pool, target, start, own)
+        _rounds(pool, target, start)
 
 
-def _rounds(pool: Executor, target: Target, start: Guide, own: Any) -> Population:
-    """What the rounds are made of: the components are free in all directions, along the most
-    active, or along those that a conditional Gaussian has among its parameters, `own`."""
+def _rounds(pool: Executor, target: Target, start: Guide) -> Population:
+    """What the rounds are made of: the components are free in all directions, or along the most
+    active."""
     dim = flat(target).dim
     num_active = None if dim <= FREE else ACTIVE
-    if "frame" in own:
-        num_active = GIVEN
     rounds = population(target, start, COMPONENTS, DF, num_active)
     compile_params(pool, rounds.guide, COMPONENTS + 1, dim, num_active)  # and the guard
     return rounds
