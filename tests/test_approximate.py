@@ -123,7 +123,7 @@ def test_a_polished_hierarchy_compiles_the_model_twice(monkeypatch):
     assert found.coordinates is not found.target
     assert "population Monte Carlo" in str(found)
     names = sorted(program.light.__name__ for program in called)
-    small = {"respond", "params", "compiled", "<lambda>"}  # of means and covariances alone
+    small = {"respond", "compiled", "<lambda>"}  # of means and covariances alone
     assert [name for name in names if name not in small] == ["density", "solve"]
     assert all(program.light._cache_size() <= 1 for program in called)
 
@@ -393,8 +393,8 @@ def test_those_whose_spreads_show_come_first():
 
 @pytest.mark.parametrize(("skewness", "num_draws"), [(0.0, FEWER), (0.3, BATCH)])
 def test_few_draws_are_enough_for_what_is_clear(skewness, num_draws):
-    """Where densities take long, a Gaussian is judged by few draws, what is none by all; of either
-    the moments are those of the closed form."""
+    """Where densities take long, a Gaussian is judged by few draws, and what is not Gaussian by all
+    of them; of either the moments are those of the closed form."""
 
     def log_density(values, latents, data):
         spread = jnp.exp(skewness * latents["x"])
@@ -410,9 +410,24 @@ def test_few_draws_are_enough_for_what_is_clear(skewness, num_draws):
     np.testing.assert_allclose(draws["y"].std(), np.exp(skewness**2), rtol=0.1)
 
 
-def test_what_does_not_count_is_not_taken():
-    lucky = tried(0.2, 0.9)._replace(counts=False)
-    assert best_of([lucky, tried(0.6, 0.2)]).share == 0.2
+def test_what_is_clear():
+    """A light tail, half of the draws, and every spread shown."""
+    assert tried(0.2, 0.6).is_clear
+    assert not tried(0.4, 0.6).is_clear
+    assert not tried(0.2, 0.4).is_clear
+    hopeless = Spread("x", 0.5, 0.01, drawn_error=0.2)
+    assert not tried(0.2, 0.6)._replace(spread=hopeless).is_clear
+
+
+def test_a_spare_one_is_taken_where_nothing_else_is_to_be_trusted():
+    """And only if it is good; others are tried before."""
+    spare = tried(0.2, 0.9)._replace(is_spare=True)
+    assert best_of([spare, tried(0.6, 0.2)]).share == 0.2
+    assert best_of([spare, tried(0.75, 0.2)]) is spare
+    assert spare.is_good
+    assert not spare.is_enough
+    rough = tried(0.65, 0.9)._replace(is_spare=True)
+    assert best_of([rough, tried(0.75, 0.2)]).share == 0.2
 
 
 def test_rounds_end_when_the_last_ones_were_in_vain():

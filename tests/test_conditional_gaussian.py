@@ -175,12 +175,16 @@ def test_approximate_finds_it():
     """The one call takes it where linear response is not good enough, and its draws have the
     moments in closed form."""
     target = vi.target(hierarchy, {"scale": vi.Latent(()), "rest": vi.Latent((30,))})
-    posterior = vi.approximate(target, KEY)
+    posterior = vi.approximate(target, jax.random.key(1))
     assert posterior.trustworthy
     response, conditional = posterior.table.rows
     assert response[0] == "linear response"
     assert conditional[0] == "* conditional Gaussian"
     assert conditional[2] > 3 * response[2]
+    # Its guide and parameters are what was judged.
+    told = vi.diagnose(posterior.coordinates, posterior.guide, posterior.params, KEY)
+    np.testing.assert_allclose(told.elbo, posterior.diagnosis.elbo, atol=0.1)
+    np.testing.assert_allclose(told.log_evidence, posterior.diagnosis.log_evidence, atol=0.1)
     draws = posterior.draws(jax.random.key(1), 8000)
     np.testing.assert_allclose(draws["scale"].mean(), 0.0, atol=0.06)
     np.testing.assert_allclose(draws["scale"].std(), 1.0, rtol=0.06)

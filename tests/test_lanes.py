@@ -58,8 +58,8 @@ def test_a_first_stage_is_the_loss_at_its_few_draws():
 
 
 def test_derivatives_are_those_of_autodiff():
-    """The loss, its gradient, its Hessian in (m, w, theta) and the slopes, with draws and columns
-    side by side and one by one."""
+    """The loss, its gradient and Hessian in (m, w, theta), the slopes and the gradients of pairs,
+    with draws side by side, in blocks and one by one."""
 
     def log_density(u, theta):
         return -jnp.sum(jnp.cosh(u - theta[0])) - jnp.prod(u) * theta[1] - theta[2] ** 4
@@ -68,15 +68,17 @@ def test_derivatives_are_those_of_autodiff():
     x = jnp.asarray(np.random.default_rng(0).normal(size=7) * 0.5, jnp.float32)
     z, theta = x[:2] + jnp.exp(x[2:4]) * draws, x[4:]
 
-    def plain(x):
+    def plain(x, draws=draws):
         terms = jax.vmap(lambda e: log_density(x[:2] + jnp.exp(x[2:4]) * e, x[4:]))(draws)
         return -jnp.mean(terms) - jnp.sum(x[2:4])
 
-    for size in (1, 2**30):
+    pairs = jax.vmap(lambda i: jax.grad(plain)(x, draws[jnp.array([i, i + 4])]))(jnp.arange(4))
+    for size in (1, 2**14, 2**30):
         value, slope, curvature = fixed_draws(log_density, draws, size, 3).expand(x, LAST)
         np.testing.assert_allclose(value, plain(x), rtol=1e-5)
         np.testing.assert_allclose(slope, jax.grad(plain)(x), rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(curvature.hessian, jax.hessian(plain)(x), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(curvature.scores, pairs, rtol=1e-4, atol=1e-4)
         slopes = jax.vmap(lambda u: jax.grad(log_density)(u, theta))(z)
         np.testing.assert_allclose(curvature.slopes, slopes, rtol=1e-4, atol=1e-4)
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from vi_params.approximation.candidate import wide_tailed
-from vi_params.approximation.conditional import are_many, compile_conditional
+from vi_params.approximation.conditional import compile_conditional, has_many_latents
 from vi_params.approximation.judge import compile_density
 from vi_params.approximation.polish import compile_polish
 from vi_params.approximation.proposals import compile_values
@@ -37,7 +37,7 @@ def compile_usual(
         data: the data.
         fixed: the parameters that the solver leaves as they are.
         lanes: as `vi.solvers.deterministic` takes them.
-        polished: whether a mixture is likely to follow.
+        polished: whether a conditional Gaussian or a mixture is likely to follow.
     """
     mean_field, solve = prepared_solver(target, lanes=lanes, fixed=tuple(sorted(fixed)))
     (name,) = mean_field.declared
@@ -52,5 +52,5 @@ def compile_usual(
     compile_draws(pool, given, params, latents, data)
     if polished:
         compile_polish(pool, target, guide)
-        if are_many(target):
+        if has_many_latents(target):
             compile_conditional(pool, target, guide)

@@ -12,6 +12,7 @@ from vi_params._arrays import on_host
 from vi_params._check import explain, require_count, require_key
 from vi_params._compile import compiler
 from vi_params._table import Table
+from vi_params._tree import fold_in_name
 from vi_params.approximation.ahead import compile_usual
 from vi_params.approximation.candidate import (
     Candidate,
@@ -21,7 +22,7 @@ from vi_params.approximation.candidate import (
     with_wide_tails,
 )
 from vi_params.approximation.centring import non_centred, suited
-from vi_params.approximation.conditional import can_condition, conditioned
+from vi_params.approximation.conditional import CONDITIONAL, can_condition, conditioned
 from vi_params.approximation.flow import can_flow, flowed
 from vi_params.approximation.judge import BATCH
 from vi_params.approximation.optima import optima
@@ -62,11 +63,14 @@ def approximate(
     Pareto-smoothed importance sampling, its tails widened (`vi.guides.contaminated_normal`, in up
     to 1000 dimensions); where distinct optima were found, their mixture; where that is not good
     enough, of one optimum in more than 8 dimensions, a Gaussian whose scales follow two directions
-    (`vi.solvers.conditional_gaussian`), which counts where it is good; then a mixture of Student-t
-    distributions polished by population Monte Carlo, in all directions in up to 32 dimensions and
-    along the most active ones in up to 500. It stops at the first that is good: k-hat below 0.5, a
-    fifth of the draws effective and no spread that other draws might show; for the last two, which
-    gain little more, 0.6 and two fifths.
+    (`vi.solvers.conditional_gaussian`), which is taken only where it is good and the spread with
+    the heaviest tail has a standard error of at most 0.03, or else nothing is to be trusted; then a
+    mixture of Student-t distributions polished by population Monte Carlo, in all directions in up
+    to 32 dimensions and along the most active ones in up to 500. It stops at the first that is
+    good: k-hat below 0.5, a fifth of the draws effective and no spread that other draws might show;
+    for the last two, which gain little more, 0.6 and two fifths. Judged is by twice 4000 draws,
+    mixtures by more; a clear case, k-hat below 0.3 and half of the draws effective, by twice 1000
+    where densities take long.
 
     Trusted is what has a k-hat below 0.7 in two independent judgements, 15 % of the draws effective
     and spreads that show; of several, of those whose log evidence shows that they miss no mass, one
@@ -166,15 +170,14 @@ def _tried(
         merged = merge(target, modes, next(keys), data, num_draws=BATCH)
         name = f"{len(modes)} optima merged"
         candidates.append(judged(name, merged, judge_of(target, merged, data), keys))
-    best = best_of(candidates)
-    is_good = best.is_good
-    if polish and not is_good and len(modes) == 1 and can_condition(target, wide):
-        own = (jax.random.fold_in(first, i) for i in itertools.count())
-        candidates.append(conditioned(pool, target, wide, own, data))
-        is_good = candidates[-1].counts
-    if polish and not is_good and can_polish(target, best):
-        candidates.append(polished(pool, target, best, keys, data))
-    best = best_of(candidates)
+    best = start = best_of(candidates)
+    if polish and not best.is_enough and len(modes) == 1 and can_condition(target, wide):
+        # Under a name of its own: the rounds have the same keys whether it is tried or not.
+        candidates.append(conditioned(target, wide, fold_in_name(key, CONDITIONAL), data))
+        best = best_of(candidates)
+    if polish and not best.is_enough and can_polish(target, start):
+        candidates.append(polished(pool, target, start, keys, data))
+        best = best_of(candidates)
     if flow and not best.is_trustworthy and can_flow(candidates[0]):
         candidates.append(flowed(target, candidates[0], keys, data))
     return candidates

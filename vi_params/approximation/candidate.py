@@ -36,7 +36,7 @@ GOOD = LIGHT, 0.2
 """The k-hat below which, and the share of effective draws above which, nothing is left to gain."""
 
 GOOD_SHAPE = 0.6, 0.4
-"""The same of what is not Gaussian: little more is gained."""
+"""The same of families that follow the posterior's shape: little more is gained."""
 
 CLEAR = 0.3, 0.5
 """The k-hat below which, and the share above which, few draws are enough to tell."""
@@ -54,7 +54,7 @@ class Candidate(NamedTuple):
         spread: the worst of the standard deviations as these draws show them; None where there is
             but one batch, and of what is not to be trusted.
         good: the k-hat and the share of effective draws at which it is good enough.
-        counts: whether it may be chosen.
+        is_spare: whether it is taken only where nothing else is to be trusted, and it is good.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Candidate(NamedTuple):
     judge: Judge
     spread: Spread | None = None
     good: tuple[float, float] = GOOD
-    counts: bool = True
+    is_spare: bool = False
 
     @property
     def k_hat(self) -> float:
@@ -89,10 +89,16 @@ class Candidate(NamedTuple):
         return self.k_hat < k_hat and self.share > share and not can_gain
 
     @property
+    def is_enough(self) -> bool:
+        """Whether nothing else need be tried."""
+        return self.is_good and not self.is_spare
+
+    @property
     def is_clear(self) -> bool:
         """Whether more draws would tell the same."""
         k_hat, share = CLEAR
-        return self.is_good and self.k_hat < k_hat and self.share > share
+        is_light = self.k_hat < k_hat and self.share > share
+        return is_light and self.is_good and self.is_shown
 
     @property
     def is_shown(self) -> bool:
@@ -105,21 +111,15 @@ class Candidate(NamedTuple):
         return is_reliable(self.diagnosis)
 
 
-def judged(
-    name: str,
-    solution: Solution,
-    judge: Judge,
-    keys: Iterator[jax.Array],
-    good: tuple[float, float] = GOOD,
-) -> Candidate:
-    """The candidate of a solution, by two batches of draws; where densities take long and these
-    leave no doubt, small ones."""
+def judged(name: str, solution: Solution, judge: Judge, keys: Iterator[jax.Array]) -> Candidate:
+    """The candidate of a solution: by two small batches of draws where densities take long and
+    these leave no doubt, else by two full ones."""
 
     def by(num_draws: int) -> Candidate:
-        batches = (once(name, solution, judge, next(keys), good, num_draws) for _ in range(2))
+        batches = (once(name, solution, judge, next(keys), num_draws=num_draws) for _ in range(2))
         return confirmed(*batches)
 
-    if judge.block < judge.num_draws:
+    if judge.block < min(BATCH, judge.num_draws):
         found = by(judge.block)
         if found.is_clear:
             return found
@@ -194,14 +194,15 @@ def _wide_tailed(target: Target, name: str) -> Guide:
 
 
 def best_of(candidates: list[Candidate]) -> Candidate:
-    """The one to be chosen, of those that count.
+    """The one to be taken.
 
     Of those to be trusted that miss no mass which another one sees, the one of the largest merit,
-    one whose spreads show before others. Where none is to be trusted, the one whose weights have
-    the lightest tail, and among light ones the most effective.
+    one whose spreads show before others. Where none is to be trusted, a spare one that is good, or
+    else the one whose weights have the lightest tail, and among light ones the most effective.
     """
-    candidates = [one for one in candidates if one.counts]
-    trusted = [one for one in candidates if one.is_trustworthy]
+    spare = [one for one in candidates if one.is_spare and one.is_good and one.is_trustworthy]
+    candidates = [one for one in candidates if not one.is_spare]
+    trusted = [one for one in candidates if one.is_trustworthy] or spare
     if trusted:
         evidences = [
             float(np.nan_to_num(one.diagnosis.log_evidence, nan=-np.inf)) for one in trusted

@@ -1,6 +1,5 @@
 """What follows where a Gaussian is not good enough: one whose scales follow a few directions."""
 
-from collections.abc import Iterator
 from concurrent.futures import Executor
 from typing import Any
 
@@ -8,7 +7,7 @@ import jax
 import numpy as np
 
 from vi_params._cache import program
-from vi_params.approximation.candidate import GOOD_SHAPE, Candidate, judged
+from vi_params.approximation.candidate import GOOD_SHAPE, Candidate, confirmed, once
 from vi_params.approximation.judge import BATCH, judge_of_proposal
 from vi_params.approximation.proposals import compile_params, mixture, params_of, values_of
 from vi_params.approximation.tails import HEAVY_ERROR
@@ -19,7 +18,7 @@ from vi_params.solvers.solution import Solution
 from vi_params.target import Target, flat
 
 ACTIVE = 2
-"""How many directions it is Gaussian given."""
+"""Given how many directions it is Gaussian."""
 
 FEW_LATENTS = 8
 """Up to so many latents a mixture that is free in all directions does as well."""
@@ -28,44 +27,48 @@ CONDITIONAL = "conditional Gaussian"
 """What it is called."""
 
 
-def are_many(target: Target) -> bool:
-    """Whether the latents are."""
+def has_many_latents(target: Target) -> bool:
+    """Whether they are more than a few."""
     return flat(target).dim > FEW_LATENTS
 
 
 def can_condition(target: Target, start: Solution) -> bool:
     """Whether there are gradients to learn from, and latents enough for it to pay."""
-    return start.slopes is not None and are_many(target)
+    return start.slopes is not None and has_many_latents(target)
 
 
-def conditioned(
-    pool: Executor, target: Target, start: Solution, keys: Iterator[jax.Array], data: Any
-) -> Candidate:
-    """The conditional Gaussian of a linear response, judged; it counts where it is good and spreads
-    show well: few of its draws tell of tails that it lacks.
+def conditioned(target: Target, start: Solution, key: jax.Array, data: Any) -> Candidate:
+    """The conditional Gaussian of a linear response, judged by two batches of draws.
+
+    Unless the spread with the heaviest tail shows well, it is a spare one: across its directions it
+    has no wide tails, and few draws tell of those that it lacks.
 
     Args:
-        pool: whose threads compile.
         target: what is approximated.
         start: the linear response.
-        keys: random keys.
+        key: a typed random key.
         data: the data.
     """
-    guide = compile_conditional(pool, target, start.guide)
     found = conditional(values_of(start), jax.device_get(start.slopes), ACTIVE, np)
     judge = judge_of_proposal(target, mixture(found, None), start.params, data, BATCH)
-    candidate = judged(CONDITIONAL, start, judge, keys, GOOD_SHAPE)
+    batches = (once(CONDITIONAL, start, judge, one, GOOD_SHAPE) for one in jax.random.split(key))
+    candidate = confirmed(*batches)
+    if not candidate.is_good:  # its solution is not asked for
+        return candidate._replace(is_spare=True)
     spread = candidate.spread
-    if not (candidate.is_good and spread is not None and spread.error <= HEAVY_ERROR):
-        return candidate._replace(counts=False)
+    shows_well = spread is not None and spread.error <= HEAVY_ERROR
+    guide = _guide(target, start.guide)
     params = {**start.params, **params_of(guide, found)}
-    return candidate._replace(solution=start._replace(guide=guide, params=params))
+    solution = start._replace(guide=guide, params=params)
+    return candidate._replace(solution=solution, is_spare=not shows_well)
 
 
-def compile_conditional(pool: Executor, target: Target, start: Guide) -> Guide:
-    """Has compiled, by threads of `pool`, what `conditioned` needs after a guide; gives the one
-    of its own, kept for the next call."""
+def compile_conditional(pool: Executor, target: Target, start: Guide) -> None:
+    """Has compiled, by threads of `pool`, what `conditioned` needs after a guide."""
+    compile_params(pool, _guide(target, start), len(SCALES), flat(target).dim, ACTIVE)
+
+
+def _guide(target: Target, start: Guide) -> Guide:
+    """The conditional Gaussian's, kept for the next call."""
     (name,) = start.declared
-    guide = program(conditional_guide, target, name, ACTIVE)
-    compile_params(pool, guide, len(SCALES), flat(target).dim, ACTIVE)
-    return guide
+    return program(conditional_guide, target, name, ACTIVE)

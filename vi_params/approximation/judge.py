@@ -74,7 +74,7 @@ def judge_of_proposal(
         num_draws: of a batch, a multiple of `BATCH`.
     """
     density, own = _density_of(target, data), pick(params, target.declared)
-    size = min(_rows(target, data), num_draws)
+    size = _rows(target, data)
 
     def draw(key: jax.Array, num_draws: int) -> tuple[Any, Any, np.ndarray]:
         u = proposal.draw(generator(key), num_draws).astype(_dtype())

@@ -74,7 +74,7 @@ def polish(
 
     def judged(now: Mixture) -> Candidate:
         judge = judge_of_proposal(target, mixture(now, DF), begun.params, data, num_draws)
-        # The mixture is its solution at last.
+        # The mixture becomes its solution at the end; another batch must confirm what is good.
         return once(POLISHED, begun, judge, next(keys), GOOD_SHAPE)
 
     def begin() -> Mixture:

@@ -61,7 +61,8 @@ class Approximation:
         trustworthy: whether `draws` can be used as draws of the posterior, its moments included.
         resampled: whether `draws` resamples the guide's draws by their importance weights.
         verdict: the judgement in words.
-        table: what was tried, one row an approximation.
+        table: what was tried, one row an approximation, a star at the one that was taken. A
+            conditional Gaussian may look better and not be taken: see `vi.approximate`.
         target: what was approximated.
         coordinates: the same over the unconstrained vector that the guide is a density of, a
             hierarchy in partially centred coordinates (`vi.recentred`): the target that belongs to

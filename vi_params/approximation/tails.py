@@ -99,8 +99,8 @@ def towards_spreads(*batches: Weighted) -> Weighted:
     unshown = [one.shares for one in suspects if not one.is_shown]
     smoothed = weighted.smoothed
     weights = 0.5 * np.exp(np.asarray(smoothed.log_weights, float)) + 0.5 * np.mean(unshown, axis=0)
-    log_weights = np.log(np.maximum(weights, np.finfo(float).tiny))
-    smoothed = smoothed._replace(log_weights=log_weights, ess=1 / np.sum(weights**2))
+    with np.errstate(divide="ignore"):
+        smoothed = smoothed._replace(log_weights=np.log(weights), ess=1 / np.sum(weights**2))
     return weighted._replace(smoothed=smoothed)
 
 

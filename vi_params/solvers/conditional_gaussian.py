@@ -112,7 +112,7 @@ def conditional_gaussian(target: Target, solution: Solution, *, num_active: int 
 
 
 def conditional_guide(target: Target, name: str, num_active: int) -> Guide:
-    """The family of guides."""
+    """The guide of a conditional Gaussian."""
     return active_mixture(target, len(SCALES), num_active, name=name)
 
 

@@ -31,9 +31,12 @@ DENSE = 32
 BLOCK = 2**22
 """About how many numbers an array may hold while the draws are evaluated side by side."""
 
-CACHED, COLUMNS = 2**18, 2**24
-"""About how many while Hessians are computed on a CPU: so many stay in its cache; and by how many
-columns at once they are at most."""
+CACHED = 2**18
+"""The same while Hessians are computed on a CPU: arrays of so many stay in its cache."""
+
+COLUMNS, MOST_COLUMNS = 2**24, 128
+"""The same while the columns of one draw's Hessian are computed side by side, and how many of them
+are at most: what a model makes of its latents may be larger than they and the data are."""
 
 FEW = 4
 """At how many draws a search begins."""
@@ -96,7 +99,8 @@ def expansion(
     num_draws, dim = draws.shape
     width = dim + num_model
     block = CACHED if jax.default_backend() == "cpu" else BLOCK
-    at_once, columns = divisor(num_draws, block // (size * width)), divisor(width, COLUMNS // size)
+    at_once = divisor(num_draws, block // (size * width))
+    columns = min(MOST_COLUMNS, max(1, COLUMNS // size))
 
     @jax.jit  # traced once, though asked for more than once
     def expand(x: jax.Array, stage: Any) -> tuple[jax.Array, jax.Array, Response]:
@@ -114,8 +118,9 @@ def expansion(
             return value, slope, hessian
 
         def add(sums: tuple[jax.Array, ...], e: jax.Array) -> tuple[tuple, tuple]:
-            """Of Hessians only sums are kept: H, its z columns times dz/dw, and both sides so."""
-            values, slopes, hessians = over(one, e)
+            """Of Hessians only sums are kept: H, H S and S H S + diag(S g), with S = dz/dw on the
+            z part; of every draw the value and the gradient in (m, w, theta)."""
+            values, slopes, hessians = over(one, e, at_once)
             spread = jnp.exp(w) * e
             right = hessians[:, :, :dim] * spread[:, None]
             both = jnp.sum(right[:, :dim] * spread[:, :, None], 0)
@@ -126,7 +131,7 @@ def expansion(
             return tuple(map(jnp.add, sums, parts)), (values, lifted)
 
         shapes = (width, width), (width, dim), (dim, dim)
-        blank = tuple(jnp.zeros(shape, x.dtype) for shape in shapes)
+        blank = tuple(jnp.zeros(shape, jnp.result_type(x, draws)) for shape in shapes)
         if few is None:
             count = num_draws
             sums, found = lax.scan(add, blank, draws.reshape(-1, at_once, dim))

@@ -43,11 +43,11 @@ def linear_response(
 ) -> Solution:
     """The Gaussian with the locations of a mean-field solution and linear-response covariances.
 
-    A dense matrix: 2 dim Hessian-vector products and memory for (2 dim)^2 numbers; or, for many
-    latents, `rank` directions and a diagonal, by conjugate gradients. For a Gaussian target the
-    dense result is exact. Judge it by k-hat (`vi.diagnose`), not by its ELBO: a mean-field scale is
-    fitted to the ELBO, a covariance by linear response is not. `vi.quantity_response` gives the
-    covariances of a few functions alone.
+    A dense matrix: dim Hessian-vector products for every draw, memory for (2 dim)^2 numbers; or,
+    for many latents, `rank` directions and a diagonal, by conjugate gradients. For a Gaussian
+    target the dense result is exact. Judge it by k-hat (`vi.diagnose`), not by its ELBO: a
+    mean-field scale is fitted to the ELBO, a covariance by linear response is not.
+    `vi.quantity_response` gives the covariances of a few functions alone.
 
     Args:
         target: the target that was approximated.
@@ -108,8 +108,8 @@ def _build(target: Target, name: str) -> tuple[Guide, Quick, Quick]:
 
     @Quick
     def expand(params: Any, draws: jax.Array, data: Any) -> Response:
-        """The Hessian and scores that were not at hand: by columns where there is no second
-        derivative."""
+        """The Hessian and scores that were not at hand: by draws, or where the density has no
+        second derivative by columns, from differences of gradients."""
         x, unit = layout.vector(params), layout.units(layout.vector(params))
         theta, x, unit = x[2 * dim :], x[: 2 * dim], unit[: 2 * dim]
 
