@@ -191,6 +191,23 @@ def test_approximate_finds_it():
     np.testing.assert_allclose(draws["rest"].std(), np.exp(STRETCH**2), rtol=0.06)
 
 
+def test_rounds_of_approximate_go_on_from_it():
+    """Where it does not show all spreads well, along its directions; from the Gaussian they would
+    come to nothing."""
+    target = vi.target(hierarchy, {"scale": vi.Latent(()), "rest": vi.Latent((30,))})
+    posterior = vi.approximate(target, jax.random.key(3))
+    assert posterior.trustworthy
+    name, k_hat, share, _ = posterior.table.rows[-1]
+    assert name == "* population Monte Carlo"
+    assert k_hat < 0.7
+    assert share > 40
+    told = vi.diagnose(posterior.coordinates, posterior.guide, posterior.params, KEY)
+    np.testing.assert_allclose(told.elbo, posterior.diagnosis.elbo, atol=0.1)
+    draws = posterior.draws(jax.random.key(1), 8000)
+    np.testing.assert_allclose(draws["scale"].std(), 1.0, rtol=0.06)
+    np.testing.assert_allclose(draws["rest"].std(), np.exp(STRETCH**2), rtol=0.06)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "told"),
     [

@@ -26,7 +26,7 @@ from vi_params.approximation.conditional import CONDITIONAL, can_condition, cond
 from vi_params.approximation.flow import can_flow, flowed
 from vi_params.approximation.judge import BATCH
 from vi_params.approximation.optima import optima
-from vi_params.approximation.polish import can_polish
+from vi_params.approximation.polish import can_polish, start_of
 from vi_params.approximation.polish import polish as polished
 from vi_params.approximation.result import Approximation
 from vi_params.diagnostics import check
@@ -66,11 +66,12 @@ def approximate(
     (`vi.solvers.conditional_gaussian`), which is taken only where it is good and the spread with
     the heaviest tail has a standard error of at most 0.03, or else nothing is to be trusted; then a
     mixture of Student-t distributions polished by population Monte Carlo, in all directions in up
-    to 32 dimensions and along the most active ones in up to 500. It stops at the first that is
-    good: k-hat below 0.5, a fifth of the draws effective and no spread that other draws might show;
-    for the last two, which gain little more, 0.6 and two fifths. Judged is by twice 4000 draws,
-    mixtures by more; a clear case, k-hat below 0.3 and half of the draws effective, by twice 1000
-    where densities take long.
+    to 32 dimensions and along the most active ones in up to 500, or along those two where three
+    times as many draws of that Gaussian are effective as of linear response. It stops at the first
+    that is good: k-hat below 0.5, a fifth of the draws effective and no spread that other draws
+    might show; for the last two, which gain little more, 0.6 and two fifths. Judged is by twice
+    4000 draws, mixtures by more; a clear case, k-hat below 0.3 and half of the draws effective, by
+    twice 1000 where densities take long.
 
     Trusted is what has a k-hat below 0.7 in two independent judgements, 15 % of the draws effective
     and spreads that show; of several, of those whose log evidence shows that they miss no mass, one
@@ -174,7 +175,7 @@ def _tried(
     if polish and not best.is_enough and len(modes) == 1 and can_condition(target, wide):
         # Under a name of its own: the rounds have the same keys whether it is tried or not.
         candidates.append(conditioned(target, wide, fold_in_name(key, CONDITIONAL), data))
-        best = best_of(candidates)
+        best, start = best_of(candidates), start_of(*candidates)
     if polish and not best.is_enough and can_polish(target, start):
         candidates.append(polished(pool, target, start, keys, data))
         best = best_of(candidates)

@@ -53,10 +53,10 @@ def conditioned(target: Target, start: Solution, key: jax.Array, data: Any) -> C
     judge = judge_of_proposal(target, mixture(found, None), start.params, data, BATCH)
     batches = (once(CONDITIONAL, start, judge, one, GOOD_SHAPE) for one in jax.random.split(key))
     candidate = confirmed(*batches)
-    if not candidate.is_good:  # its solution is not asked for
+    if not candidate.is_trustworthy:  # its solution is not asked for
         return candidate._replace(is_spare=True)
     spread = candidate.spread
-    shows_well = spread is not None and spread.error <= HEAVY_ERROR
+    shows_well = candidate.is_good and spread is not None and spread.error <= HEAVY_ERROR
     guide = _guide(target, start.guide)
     params = {**start.params, **params_of(guide, found)}
     solution = start._replace(guide=guide, params=params)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from vi_params.approximation.candidate import GOOD_SHAPE, Candidate, best_of, confirmed, once
+from vi_params.approximation.conditional import ACTIVE as GIVEN
 from vi_params.approximation.judge import judge_of_proposal
 from vi_params.approximation.proposals import compile_params, mixture, params_of, values_of
 from vi_params.approximation.result import resampled
@@ -45,6 +46,9 @@ PATIENCE, GAIN = 4, 1.1
 """They end where so many rounds made the largest share of effective draws no larger than by this
 factor."""
 
+MUCH = 3.0
+"""Rounds go on from a conditional Gaussian with more than so many times as many effective draws."""
+
 POLISHED = "population Monte Carlo"
 """What the polished mixture is called."""
 
@@ -54,6 +58,13 @@ def can_polish(target: Target, start: Candidate) -> bool:
     (name,) = start.solution.guide.declared
     is_mixture = "weights" in start.solution.params[name]
     return flat(target).dim <= (FREE if is_mixture else LARGEST)
+
+
+def start_of(response: Candidate, conditional: Candidate) -> Candidate:
+    """Which of the two the rounds begin with: directions of their own are better than those of a
+    conditional Gaussian, unless that is much better itself."""
+    is_much = conditional.is_trustworthy and conditional.share > MUCH * response.share
+    return conditional if is_much else response
 
 
 def polish(
@@ -69,7 +80,8 @@ def polish(
         data: the data.
     """
     begun = start.solution
-    rounds = _rounds(pool, target, begun.guide)
+    own = values_of(begun)
+    rounds = _rounds(pool, target, begun.guide, own)
     num_draws = DRAWS if flat(target).dim > FEW_LATENTS else FEWER_DRAWS
 
     def judged(now: Mixture) -> Candidate:
@@ -81,7 +93,7 @@ def polish(
         drawn = start.batches[0]
         position = np.asarray(drawn.position)[resampled(next(keys), drawn.smoothed.log_weights)]
         first, slopes = position[:COMPONENTS].astype(float), jax.device_get(begun.slopes)
-        return refit(rounds.begin(values_of(begun), first, drawn, slopes, np), drawn)
+        return refit(rounds.begin(own, first, drawn, slopes, np), drawn)
 
     def refit(now: Mixture, drawn: Weighted) -> Mixture:
         return rounds.refit(now, drawn, np)
@@ -127,14 +139,17 @@ def _settled(
 def compile_polish(pool: Executor, target: Target, start: Guide) -> None:
     """Has compiled, by threads of `pool`, what `polish` needs from a guide on."""
     if flat(target).dim <= LARGEST:
-        _rounds(pool, target, start)
+        (own,) = start.declared.values()
+        _rounds(pool, target, start, own)
 
 
-def _rounds(pool: Executor, target: Target, start: Guide) -> Population:
-    """What the rounds are made of: the components are free in all directions, or along the most
-    active."""
+def _rounds(pool: Executor, target: Target, start: Guide, own: Any) -> Population:
+    """What the rounds are made of: the components are free in all directions, along the most
+    active, or along those of a conditional Gaussian, whose parameters, `own`, have a frame."""
     dim = flat(target).dim
     num_active = None if dim <= FREE else ACTIVE
+    if "frame" in own:
+        num_active = GIVEN
     rounds = population(target, start, COMPONENTS, DF, num_active)
     compile_params(pool, rounds.guide, COMPONENTS + 1, dim, num_active)  # and the guard
     return rounds

@@ -96,12 +96,12 @@ def proposal_of(solution: Solution) -> Proposal | None:
     return None
 
 
-def values_of(solution: Solution) -> dict[str, np.ndarray]:
+def values_of(solution: Solution) -> dict[str, Any]:
     """The constrained parameters of a guide's family, on the host in float64."""
     guide = solution.guide
     (name,) = guide.declared
     values = jax.device_get(program(_values, guide)(pick(solution.params, guide.declared)))
-    return {field: np.asarray(leaf, float) for field, leaf in values[name].items()}
+    return jax.tree.map(lambda leaf: np.asarray(leaf, float), values[name])
 
 
 def compile_values(pool: Executor, guide: Guide, params: Any) -> None:
