@@ -221,7 +221,7 @@ def test_population_monte_carlo_along_few_directions(has_slopes):
     assert after.ess > 1.5 * before.ess
     assert before.log_evidence < -0.1
     np.testing.assert_allclose(after.log_evidence, 0.0, atol=0.1)
-    draws = vi.resample(target, found.guide, found.params, KEY, 8000)["z"]
+    draws = vi.resample(target, found.guide, found.params, KEY, 64_000)["z"]
     np.testing.assert_allclose(draws[:, :2].mean(0), [0.0, 0.4], atol=0.08)
     variance = [1.0, 2 * 0.4**2 + 0.5**2] + 38 * [np.exp(2 * 0.15**2)]
     np.testing.assert_allclose(draws.std(0), np.sqrt(variance), rtol=0.1)
