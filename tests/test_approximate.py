@@ -19,7 +19,7 @@ from vi_params._cache import program
 from vi_params._compile import Quick
 from vi_params.approximation.candidate import Candidate, best_of
 from vi_params.approximation.judge import BATCH, FEWER, judge_of_guide
-from vi_params.approximation.polish import is_stale
+from vi_params.approximation.polish import is_stale, start_of
 from vi_params.approximation.result import _deterministic
 from vi_params.approximation.tails import Spread, towards_spreads, worst_spread
 from vi_params.importance import Weighted, psis, psis_on_host
@@ -408,6 +408,16 @@ def test_few_draws_are_enough_for_what_is_clear(skewness, num_draws):
     draws = found.draws(jax.random.key(1), 8000)
     np.testing.assert_allclose(draws["x"].std(), 1.0, rtol=0.06)
     np.testing.assert_allclose(draws["y"].std(), np.exp(skewness**2), rtol=0.1)
+
+
+def test_rounds_begin_with_what_is_much_better():
+    """With a conditional Gaussian that is to be trusted and has over three times as many effective
+    draws; else with linear response."""
+    response = tried(0.6, 0.15)
+    better = tried(0.6, 0.5)
+    assert start_of(response, better) is better
+    for worse in (tried(0.6, 0.4), tried(0.8, 0.9)):
+        assert start_of(response, worse) is response
 
 
 def test_what_is_clear():

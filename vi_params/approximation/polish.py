@@ -9,12 +9,13 @@ import jax
 import numpy as np
 
 from vi_params.approximation.candidate import GOOD_SHAPE, Candidate, best_of, confirmed, once
-from vi_params.approximation.conditional import ACTIVE as GIVEN
+from vi_params.approximation.conditional import has_many_latents
 from vi_params.approximation.judge import judge_of_proposal
 from vi_params.approximation.proposals import compile_params, mixture, params_of, values_of
 from vi_params.approximation.result import resampled
 from vi_params.approximation.tails import towards_spreads
 from vi_params.guide import Guide
+from vi_params.guides.frame import Frame
 from vi_params.importance import Weighted
 from vi_params.solvers.mixture_families import Mixture
 from vi_params.solvers.population_monte_carlo import DF, Population, population
@@ -23,7 +24,7 @@ from vi_params.target import Target, flat
 COMPONENTS = 16
 """How many components the mixture has."""
 
-DRAWS, FEW_LATENTS, FEWER_DRAWS = 16000, 8, 8000
+DRAWS, FEWER_DRAWS = 16000, 8000
 """How many draws a round makes: few components of few draws leave out the neck of a funnel; fewer
 are enough for few latents."""
 
@@ -81,8 +82,10 @@ def polish(
     """
     begun = start.solution
     own = values_of(begun)
-    rounds = _rounds(pool, target, begun.guide, own)
-    num_draws = DRAWS if flat(target).dim > FEW_LATENTS else FEWER_DRAWS
+    has_directions = "frame" in own  # those of a conditional Gaussian
+    num_active = Frame(**own["frame"]).num_active if has_directions else _num_active(target)
+    rounds = _rounds(pool, target, begun.guide, num_active)
+    num_draws = DRAWS if has_many_latents(target) else FEWER_DRAWS
 
     def judged(now: Mixture) -> Candidate:
         judge = judge_of_proposal(target, mixture(now, DF), begun.params, data, num_draws)
@@ -139,20 +142,20 @@ def _settled(
 def compile_polish(pool: Executor, target: Target, start: Guide) -> None:
     """Has compiled, by threads of `pool`, what `polish` needs from a guide on."""
     if flat(target).dim <= LARGEST:
-        (own,) = start.declared.values()
-        _rounds(pool, target, start, own)
+        _rounds(pool, target, start, _num_active(target))
 
 
-def _rounds(pool: Executor, target: Target, start: Guide, own: Any) -> Population:
-    """What the rounds are made of: the components are free in all directions, along the most
-    active, or along those of a conditional Gaussian, whose parameters, `own`, have a frame."""
-    dim = flat(target).dim
-    num_active = None if dim <= FREE else ACTIVE
-    if "frame" in own:
-        num_active = GIVEN
+def _rounds(pool: Executor, target: Target, start: Guide, num_active: int | None) -> Population:
+    """What the rounds are made of, the program that they end with compiled by threads of `pool`."""
     rounds = population(target, start, COMPONENTS, DF, num_active)
-    compile_params(pool, rounds.guide, COMPONENTS + 1, dim, num_active)  # and the guard
+    number = COMPONENTS + 1  # and the guard
+    compile_params(pool, rounds.guide, number, flat(target).dim, num_active)
     return rounds
+
+
+def _num_active(target: Target) -> int | None:
+    """Along how many directions the components are free; None for all."""
+    return None if flat(target).dim <= FREE else ACTIVE
 
 
 def is_stale(shares: list[float]) -> bool:
