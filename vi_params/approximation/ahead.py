@@ -8,10 +8,12 @@ import jax
 from vi_params.approximation.candidate import wide_tailed
 from vi_params.approximation.conditional import compile_conditional, has_many_latents
 from vi_params.approximation.judge import compile_density
+from vi_params.approximation.optima import TOLERANCE
 from vi_params.approximation.polish import compile_polish
 from vi_params.approximation.proposals import compile_values
 from vi_params.approximation.result import compile_draws
 from vi_params.solvers.deterministic import prepared as prepared_solver
+from vi_params.solvers.linear_response import CURVED
 from vi_params.solvers.linear_response import prepared as prepared_response
 from vi_params.target import Target
 
@@ -39,12 +41,14 @@ def compile_usual(
         lanes: as `vi.solvers.deterministic` takes them.
         polished: whether a conditional Gaussian or a mixture is likely to follow.
     """
-    mean_field, solve = prepared_solver(target, lanes=lanes, fixed=tuple(sorted(fixed)))
+    mean_field, solve = prepared_solver(
+        target, lanes=lanes, tolerance=TOLERANCE, fixed=tuple(sorted(fixed))
+    )
     (name,) = mean_field.declared
     _, expand, respond = prepared_response(target, name)
     params, info, draws, response, _ = solve.ahead(pool, key, data, fixed, None)
     if response is None:
-        response = expand.ahead(pool, params, draws, data)
+        response = expand.ahead(pool, params, draws, data, CURVED)
     params, _, _ = respond.ahead(pool, params, info, draws, response)
     guide = wide_tailed(target, name)
     compile_values(pool, guide, params)

@@ -174,7 +174,7 @@ def _tried(
     best = start = best_of(candidates)
     if polish and not best.is_enough and len(modes) == 1 and can_condition(target, wide):
         # Under a name of its own: the rounds have the same keys whether it is tried or not.
-        candidates.append(conditioned(target, wide, fold_in_name(key, CONDITIONAL), data))
+        candidates.append(conditioned(target, candidates[0], fold_in_name(key, CONDITIONAL), data))
         best, start = best_of(candidates), start_of(*candidates)
     if polish and not best.is_enough and can_polish(target, start):
         candidates.append(polished(pool, target, start, keys, data))

@@ -7,14 +7,16 @@ import jax
 import numpy as np
 
 from vi_params._cache import program
-from vi_params.approximation.candidate import GOOD_SHAPE, Candidate, confirmed, once
+from vi_params.approximation.candidate import Candidate, confirmed, once
 from vi_params.approximation.judge import BATCH, judge_of_proposal
 from vi_params.approximation.proposals import compile_params, mixture, params_of, values_of
 from vi_params.approximation.tails import HEAVY_ERROR
 from vi_params.guide import Guide
 from vi_params.guides.contaminated import SCALES
 from vi_params.solvers.conditional_gaussian import conditional, conditional_guide
-from vi_params.solvers.solution import Solution
+from vi_params.solvers.fixed_draws import DENSE
+from vi_params.solvers.slopes import slopes_by_response
+from vi_params.solvers.solution import Slopes, Solution
 from vi_params.target import Target, flat
 
 ACTIVE = 2
@@ -22,6 +24,12 @@ ACTIVE = 2
 
 FEW_LATENTS = 8
 """Up to so many latents a mixture that is free in all directions does as well."""
+
+ENOUGH = 0.65, 0.35
+"""The k-hat below which, and the share of effective draws above which, it is good enough."""
+
+LOOKS = BATCH, 2 * BATCH
+"""By how many draws it is judged."""
 
 CONDITIONAL = "conditional Gaussian"
 """What it is called."""
@@ -37,30 +45,46 @@ def can_condition(target: Target, start: Solution) -> bool:
     return start.slopes is not None and has_many_latents(target)
 
 
-def conditioned(target: Target, start: Solution, key: jax.Array, data: Any) -> Candidate:
-    """The conditional Gaussian of a linear response, judged by two batches of draws.
+def conditioned(target: Target, response: Candidate, key: jax.Array, data: Any) -> Candidate:
+    """The conditional Gaussian of a linear response, judged by two batches of draws, and where it
+    is to be trusted, but not yet enough, by two larger ones.
 
     Unless the spread with the heaviest tail shows well, it is a spare one: across its directions it
     has no wide tails, and few draws tell of those that it lacks.
 
     Args:
         target: what is approximated.
-        start: the linear response.
+        response: the linear response.
         key: a typed random key.
         data: the data.
     """
-    found = conditional(values_of(start), jax.device_get(start.slopes), ACTIVE, np)
-    judge = judge_of_proposal(target, mixture(found, None), start.params, data, BATCH)
-    batches = (once(CONDITIONAL, start, judge, one, GOOD_SHAPE) for one in jax.random.split(key))
-    candidate = confirmed(*batches)
-    if not candidate.is_trustworthy:  # its solution is not asked for
-        return candidate._replace(is_spare=True)
-    spread = candidate.spread
-    shows_well = candidate.is_good and spread is not None and spread.error <= HEAVY_ERROR
+    start = response.solution
+    found = conditional(values_of(start), _slopes(target, response, data), ACTIVE, np)
     guide = _guide(target, start.guide)
-    params = {**start.params, **params_of(guide, found)}
-    solution = start._replace(guide=guide, params=params)
+    keys = jax.random.split(key, 2 * len(LOOKS))
+    for i, num_draws in enumerate(LOOKS):
+        judge = judge_of_proposal(target, mixture(found, None), start.params, data, num_draws)
+        candidate = confirmed(
+            *(once(CONDITIONAL, start, judge, one, ENOUGH) for one in keys[2 * i : 2 * i + 2])
+        )
+        if not candidate.is_trustworthy:  # its solution is not asked for
+            return candidate._replace(is_spare=True)
+        spread = candidate.spread
+        shows_well = candidate.is_good and spread is not None and spread.error <= HEAVY_ERROR
+        if shows_well:
+            break
+    solution = start._replace(guide=guide, params={**start.params, **params_of(guide, found)})
     return candidate._replace(solution=solution, is_spare=not shows_well)
+
+
+def _slopes(target: Target, response: Candidate, data: Any) -> Slopes:
+    """Gradients at the draws by which a linear response was judged, where it took a program that
+    computes them, else those that it has itself."""
+    if flat(target).dim <= DENSE:
+        return jax.device_get(response.solution.slopes)
+    drawn = response.batches[0]
+    weights = drawn.smoothed.log_weights
+    return slopes_by_response(target, response.solution, drawn.position, weights, data)
 
 
 def compile_conditional(pool: Executor, target: Target, start: Guide) -> None:

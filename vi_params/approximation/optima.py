@@ -9,6 +9,10 @@ from vi_params.solvers.optima import apart
 from vi_params.solvers.solution import ENDED, Solution
 from vi_params.target import Target
 
+TOLERANCE = 0.01
+"""How many nats a Newton step may still promise at the end: the error of fixed draws, and what
+linear response corrects, are larger."""
+
 
 def optima(target: Target, key: jax.Array, data: Any, fixed: Any, lanes: int) -> list[Solution]:
     """A mean-field solution for every distinct optimum, the best first.
@@ -20,4 +24,5 @@ def optima(target: Target, key: jax.Array, data: Any, fixed: Any, lanes: int) ->
         fixed: the parameters of the target that stay as they are.
         lanes: from how many starts.
     """
-    return apart(deterministic(target, key, data, lanes=lanes, fixed=fixed), ended=ENDED)
+    found = deterministic(target, key, data, lanes=lanes, fixed=fixed, tolerance=TOLERANCE)
+    return apart(found, ended=ENDED)

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from vi_params._cache import program
@@ -36,6 +37,9 @@ from vi_params.solvers.solution import (
 from vi_params.solvers.start import data_of
 from vi_params.solvers.trust_region import LAST
 from vi_params.target import Target, flat, whole
+
+CURVED, FLAT = np.True_, np.False_
+"""Whether Hessians are asked for."""
 
 
 def linear_response(
@@ -90,13 +94,13 @@ def linear_response(
     guide, expand, respond = prepared(target, name)
     response = solution.response
     if response is None:
-        response = expand(solution.params, solution.noise, data)
+        response = expand(solution.params, solution.noise, data, CURVED)
     params, info, slopes = respond(solution.params, solution.info, solution.noise, response)
     return Solution(guide, params, info, solution.noise, slopes=slopes)
 
 
 def prepared(target: Target, name: str) -> tuple[Guide, Quick, Quick]:
-    """The guide, and the programs `(params, draws, data) -> Response` and
+    """The guide, and the programs `(params, draws, data, whether curved) -> Response` and
     `(params, info, draws, response) -> (params, info, Slopes)`."""
     return program(_build, target, name)
 
@@ -107,20 +111,15 @@ def _build(target: Target, name: str) -> tuple[Guide, Quick, Quick]:
     dim = layout.dim
 
     @Quick
-    def expand(params: Any, draws: jax.Array, data: Any) -> Response:
-        """The Hessian and scores that were not at hand: by draws, or where the density has no
-        second derivative by columns, from differences of gradients."""
+    def expand(params: Any, draws: jax.Array, data: Any, curved: Any) -> Response:
+        """The Hessian and scores that were not at hand; zeros, and the slopes alone, where they are
+        not asked for."""
         x, unit = layout.vector(params), layout.units(layout.vector(params))
         theta, x, unit = x[2 * dim :], x[: 2 * dim], unit[: 2 * dim]
+        at_once = divisor(len(draws), BLOCK // layout.size(data))
 
         def log_density(u: jax.Array, _: jax.Array) -> jax.Array:
             return layout.log_density(data)(u, theta)
-
-        by_draw = expansion(log_density, draws, layout.size(data), 0)
-        if exists(by_draw, draws, 0):
-            return by_draw(x, LAST)[2]
-
-        at_once = divisor(len(draws), BLOCK // layout.size(data))
 
         def share(x: jax.Array, e: jax.Array) -> tuple[jax.Array, jax.Array]:
             """The gradients of a draw's share of the loss, and of the log density there."""
@@ -134,9 +133,22 @@ def _build(target: Target, name: str) -> tuple[Guide, Quick, Quick]:
 
             return over(product, draws, at_once).mean(0)
 
-        hessian = lax.map(column, jnp.eye(2 * dim, dtype=x.dtype))
-        shares, slopes = over(lambda e: share(x, e), draws, at_once)
-        return Response(hessian, shares.reshape(2, -1, 2 * dim).mean(0), slopes)
+        def curvature() -> Response:
+            """By draws, or where the density has no second derivative by columns, from differences
+            of gradients."""
+            by_draw = expansion(log_density, draws, layout.size(data), 0)
+            if exists(by_draw, draws, 0):
+                return by_draw(x, LAST)[2]
+            hessian = lax.map(column, jnp.eye(2 * dim, dtype=x.dtype))
+            shares, slopes = over(lambda e: share(x, e), draws, at_once)
+            return Response(hessian, shares.reshape(2, -1, 2 * dim).mean(0), slopes)
+
+        def slopes_alone() -> Response:
+            blank = jnp.zeros((2 * dim, 2 * dim), x.dtype)
+            slopes = over(lambda e: share(x, e)[1], draws, at_once)
+            return Response(blank, jnp.zeros((len(draws) // 2, 2 * dim), x.dtype), slopes)
+
+        return lax.cond(curved, curvature, slopes_alone)
 
     @Quick
     def respond(params: Any, info: SolverInfo, draws: jax.Array, response: Response) -> Any:

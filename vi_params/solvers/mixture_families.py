@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 
 from vi_params._check import explain
-from vi_params._over import over
 from vi_params._tree import all_finite, where_tree
 from vi_params.guide import Guide
 from vi_params.guides import active_mixture, mixture
@@ -20,12 +19,12 @@ from vi_params.guides.active_mixture import Across, Parts
 from vi_params.guides.frame import Frame, unbent
 from vi_params.guides.location_scale import require_gaussian
 from vi_params.guides.mixture import Components, log_terms
-from vi_params.importance import Smoothed, at_once
+from vi_params.importance import Smoothed
 from vi_params.params import unconstrain
 from vi_params.solvers.active import active_directions
 from vi_params.solvers.solution import Slopes, own_name
 from vi_params.solvers.weighted_em import moments, prior_draws
-from vi_params.target import Target, flat
+from vi_params.target import Target
 
 SPREAD = 0.8
 """The first scales of the components, in scales of the approximation they start from."""
@@ -33,9 +32,6 @@ SPREAD = 0.8
 GUARD, WIDE = 0.1, 3.0
 """The weight of the guard, and its scales in standard deviations of the weighted draws, where it
 is wider (across the active directions it is not widened)."""
-
-GRADIENTS, SIDE_BY_SIDE = 1000, 100
-"""From how many gradients the active directions are found, and how many are computed at once."""
 
 
 class Mixture(NamedTuple):
@@ -140,14 +136,6 @@ def require_directions(frame: Frame, num_active: int, where: str) -> None:
                 where=where,
             )
         )
-
-
-def slopes_at(target: Target, values: Any, position: Any, log_weights: Any, data: Any) -> Slopes:
-    """The gradients at some weighted draws, as many as directions need."""
-    position, log_weights = position[:GRADIENTS], log_weights[:GRADIENTS]
-    size = min(SIDE_BY_SIDE, at_once(len(position), target, data))
-    gradient = jax.grad(lambda u: flat(target).log_density(u, values, data))
-    return Slopes(position, over(gradient, position, size), jax.nn.softmax(log_weights))
 
 
 def with_guard(found: Mixture, y: Any, smoothed: Smoothed, xp: Any = jnp) -> Mixture:

@@ -25,10 +25,10 @@ from vi_params.params import constrain
 from vi_params.solvers.mixture_families import (
     Mixture,
     family,
-    slopes_at,
     with_guard,
     without_guard,
 )
+from vi_params.solvers.slopes import slopes_at
 from vi_params.solvers.solution import Slopes, Solution, SolverInfo, SolverStatus
 from vi_params.solvers.start import data_of
 from vi_params.solvers.weighted_em import weighted_em

@@ -1,0 +1,84 @@
+"""Gradients of the log density at weighted draws: what directions and conditionals are found from.
+
+Few weights can be all that counts, and gradients at few places tell little: a power of the weights
+is taken, as Koblents and Miguez (2015), A population Monte Carlo scheme with transformed weights
+and its application to stochastic kinetic models, Statistics and Computing 25, do for moments.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vi_params._arrays import repeated
+from vi_params._over import over
+from vi_params.importance import at_once
+from vi_params.solvers.linear_response import FLAT, prepared
+from vi_params.solvers.solution import Slopes, Solution
+from vi_params.target import Target, flat
+
+GRADIENTS, SIDE_BY_SIDE = 1000, 100
+"""At how many draws they are computed, and how many at once."""
+
+EFFECTIVE = 1 / 3
+"""How many of these draws are effective at least."""
+
+HALVINGS = 20
+"""By how many halvings the power is found."""
+
+
+def slopes_at(target: Target, values: Any, position: Any, log_weights: Any, data: Any) -> Slopes:
+    """The gradients at the first of some weighted draws, within a program."""
+    position, log_weights = position[:GRADIENTS], log_weights[:GRADIENTS]
+    size = min(SIDE_BY_SIDE, at_once(len(position), target, data))
+    gradient = jax.grad(lambda u: flat(target).log_density(u, values, data))
+    return Slopes(position, over(gradient, position, size), evened(log_weights))
+
+
+def slopes_by_response(
+    target: Target, solution: Solution, position: Any, log_weights: Any, data: Any
+) -> Slopes:
+    """The same on the host: nothing is compiled, the program that a linear response of many latents
+    took computes them, in blocks of as many as that had draws.
+
+    Args:
+        target: what was approximated, no plate of it subsampled.
+        solution: its linear response.
+        position: draws, shape (num_draws, dim).
+        log_weights: their importance weights.
+        data: the data.
+    """
+    position, log_weights = position[:GRADIENTS].astype(float), log_weights[:GRADIENTS]
+    (name,) = solution.guide.declared
+    _, expand, _ = prepared(target, name)
+    # At location 0 and scale 1 a fixed draw is the place itself.
+    size, dim = solution.noise.shape
+    zero = np.zeros(dim, solution.noise.dtype)
+    params = {**solution.params, name: {"loc": zero, "scale": zero}}
+    blocks = np.resize(position, (math.ceil(len(position) / size), size, dim))
+    blocks = blocks.astype(solution.noise.dtype)
+    found = [jax.device_get(expand(params, block, data, FLAT).slopes) for block in blocks]
+    gradient = np.concatenate(found)[: len(position)].astype(float)
+    return Slopes(position, gradient, evened(log_weights, np))
+
+
+def evened(log_weights: Any, xp: Any = jnp) -> Any:
+    """Normalised weights: the largest power of the given ones, up to one, at which a third of the
+    draws are effective."""
+    x = log_weights - xp.max(log_weights)
+
+    def weights(power: Any) -> Any:
+        raised = xp.exp(power * x)
+        return raised / xp.sum(raised)
+
+    def halve(bounds: tuple[Any, Any]) -> tuple[Any, Any]:
+        low, high = bounds
+        power = 0.5 * (low + high)
+        enough = xp.sum(weights(power) ** 2) <= 1 / (EFFECTIVE * len(x))
+        return xp.where(enough, power, low), xp.where(enough, high, power)
+
+    bounds = xp.zeros((), x.dtype), xp.ones((), x.dtype)
+    low, high = repeated(HALVINGS, halve, bounds, xp)
+    return weights(0.5 * (low + high))
