@@ -28,7 +28,7 @@ from vi_params.solvers.mixture_families import (
     with_guard,
     without_guard,
 )
-from vi_params.solvers.slopes import slopes_at
+from vi_params.solvers.slopes import GRADIENTS, slopes_at
 from vi_params.solvers.solution import Slopes, Solution, SolverInfo, SolverStatus
 from vi_params.solvers.start import data_of
 from vi_params.solvers.weighted_em import weighted_em
@@ -217,7 +217,8 @@ def _build(
         own = constrain(start.declared, pick(start_params, start.declared))[name]
         if num_active is not None and "frame" not in own and slopes is None:
             values = constrain(target.declared, model)
-            slopes = slopes_at(target, values, drawn.position, weights, data)
+            few = slice(GRADIENTS)
+            slopes = slopes_at(target, values, drawn.position[few], weights[few], data)
         chosen = drawn.position[pick_draws(keys[1], weights, num_components)]
         first = rounds.begin(own, chosen, drawn, slopes)
         worst = jnp.full_like(drawn.smoothed.k_hat, jnp.inf)

@@ -20,7 +20,7 @@ from vi_params.solvers.solution import Slopes, Solution
 from vi_params.target import Target, flat
 
 GRADIENTS, SIDE_BY_SIDE = 1000, 100
-"""At how many draws they are computed, and how many at once."""
+"""At how many draws they tell enough, and how many are computed at once."""
 
 EFFECTIVE = 1 / 3
 """How many of these draws are effective at least."""
@@ -30,8 +30,7 @@ HALVINGS = 20
 
 
 def slopes_at(target: Target, values: Any, position: Any, log_weights: Any, data: Any) -> Slopes:
-    """The gradients at the first of some weighted draws, within a program."""
-    position, log_weights = position[:GRADIENTS], log_weights[:GRADIENTS]
+    """The gradients at weighted draws, within a program."""
     size = min(SIDE_BY_SIDE, at_once(len(position), target, data))
     gradient = jax.grad(lambda u: flat(target).log_density(u, values, data))
     return Slopes(position, over(gradient, position, size), evened(log_weights))
@@ -40,8 +39,8 @@ def slopes_at(target: Target, values: Any, position: Any, log_weights: Any, data
 def slopes_by_response(
     target: Target, solution: Solution, position: Any, log_weights: Any, data: Any
 ) -> Slopes:
-    """The same on the host: nothing is compiled, the program that a linear response of many latents
-    took computes them, in blocks of as many as that had draws.
+    """The same on the host, at the first thousand draws: nothing is compiled, the program that a
+    linear response of many latents took computes them, in blocks of as many as that had draws.
 
     Args:
         target: what was approximated, no plate of it subsampled.
@@ -55,10 +54,10 @@ def slopes_by_response(
     _, expand, _ = prepared(target, name)
     # At location 0 and scale 1 a fixed draw is the place itself.
     size, dim = solution.noise.shape
-    zero = np.zeros(dim, solution.noise.dtype)
+    zero = jnp.asarray(np.zeros(dim, solution.noise.dtype))
     params = {**solution.params, name: {"loc": zero, "scale": zero}}
     blocks = np.resize(position, (math.ceil(len(position) / size), size, dim))
-    blocks = blocks.astype(solution.noise.dtype)
+    blocks = (jnp.asarray(block, solution.noise.dtype) for block in blocks)
     found = [jax.device_get(expand(params, block, data, FLAT).slopes) for block in blocks]
     gradient = np.concatenate(found)[: len(position)].astype(float)
     return Slopes(position, gradient, evened(log_weights, np))
