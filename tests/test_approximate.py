@@ -13,6 +13,7 @@ from jax.flatten_util import ravel_pytree
 from numpyro import distributions as dist
 from numpyro.distributions import constraints
 from numpyro.infer import MCMC, NUTS
+from scipy import stats
 
 import vi_params as vi
 from vi_params._cache import program
@@ -20,7 +21,7 @@ from vi_params._compile import Quick
 from vi_params.approximation.candidate import Candidate, best_of
 from vi_params.approximation.judge import BATCH, FEWER, judge_of_guide
 from vi_params.approximation.polish import is_stale, start_of
-from vi_params.approximation.result import _deterministic
+from vi_params.approximation.result import _deterministic, resampled
 from vi_params.approximation.tails import Spread, towards_spreads, worst_spread
 from vi_params.importance import Weighted, psis, psis_on_host
 
@@ -243,8 +244,8 @@ def test_deterministic_sites_make_no_batched_factorisations():
     draws = found.draws(KEY, 10)
     exact = np.linalg.solve(np.asarray(root), np.ones(3)) / np.asarray(draws["z"])[:, None]
     np.testing.assert_allclose(draws["x"], exact, rtol=1e-4, atol=1e-6)
-    resampled = vi.resample(target, found.guide, found.params, KEY, 50)
-    assert resampled["x"].shape == (50, 3)
+    drawn = vi.resample(target, found.guide, found.params, KEY, 50)
+    assert drawn["x"].shape == (50, 3)
     compute = program(_deterministic, target).plain
     text = str(jax.make_jaxpr(compute)({}, {"z": draws["z"]}, target.data))
     assert ("scan" in text) == (jax.default_backend() == "cpu")
@@ -408,6 +409,30 @@ def test_few_draws_are_enough_for_what_is_clear(skewness, num_draws):
     draws = found.draws(jax.random.key(1), 8000)
     np.testing.assert_allclose(draws["x"].std(), 1.0, rtol=0.06)
     np.testing.assert_allclose(draws["y"].std(), np.exp(skewness**2), rtol=0.1)
+
+
+def test_resampling_is_stratified():
+    """Of every stretch of the order, and so of any tail, as many draws are chosen as its weight
+    says, to one draw; they come in random order."""
+    random = np.random.default_rng(0)
+    values, log_weights = random.standard_normal(2000), random.standard_normal(2000)
+    log_weights -= np.logaddexp.reduce(log_weights)
+    index = resampled(KEY, log_weights, 500, np.argsort(values))
+    assert len(index) == 500
+    for edge in np.quantile(values, [0.01, 0.2, 0.5, 0.9, 0.999]):
+        weight = np.exp(log_weights)[values <= edge].sum()
+        assert abs(np.sum(values[index] <= edge) - 500 * weight) <= 1
+    assert abs(stats.spearmanr(np.arange(500), values[index]).statistic) < 0.2
+
+
+def test_draws_are_sorted_by_the_heaviest_tail():
+    """Of several latents, by the one whose spread few draws of the posterior show."""
+    log_scales = jnp.array([0.1, 0.9, 0.3])
+    target = vi.target(
+        lambda v, z, d: dist.LogNormal(0.0, log_scales).log_prob(z["x"]).sum(),
+        {"x": vi.Latent((3,), constraints.positive)},
+    )
+    assert vi.approximate(target, KEY).sorted_by == ("x", 1)
 
 
 def test_rounds_begin_with_what_is_much_better():

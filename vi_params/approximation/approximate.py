@@ -29,6 +29,7 @@ from vi_params.approximation.optima import optima
 from vi_params.approximation.polish import can_polish, start_of
 from vi_params.approximation.polish import polish as polished
 from vi_params.approximation.result import Approximation
+from vi_params.approximation.tails import heaviest
 from vi_params.diagnostics import check
 from vi_params.diagnostics.diagnose import threshold
 from vi_params.solvers.linear_response import linear_response
@@ -63,15 +64,17 @@ def approximate(
     Pareto-smoothed importance sampling, its tails widened (`vi.guides.contaminated_normal`, in up
     to 1000 dimensions); where distinct optima were found, their mixture; where that is not good
     enough, of one optimum in more than 8 dimensions, a Gaussian whose scales follow two directions
-    (`vi.solvers.conditional_gaussian`), which is taken only where it is good and the spread with
-    the heaviest tail has a standard error of at most 0.03, or where nothing else is to be trusted;
-    then a mixture of Student-t distributions polished by population Monte Carlo, in all directions
-    in up to 32 dimensions and along the most active ones in up to 500, or along those two where
-    three times as many draws of that Gaussian are effective as of linear response. It stops at the
-    first that is good: k-hat below 0.5, a fifth of the draws effective and no spread that other
-    draws might show; for the last two, which gain little more, 0.6 and two fifths. A Gaussian is
-    judged by twice 4000 draws, a mixture by more; a clear case, k-hat below 0.3 and half of the
-    draws effective, by twice 1000 where densities take long.
+    (`vi.solvers.conditional_gaussian`), in more than 32 dimensions from gradients at 1000 draws,
+    which is taken only where it is good and the spread with the heaviest tail has a standard error
+    of at most 0.03, or where nothing else is to be trusted; then a mixture of Student-t
+    distributions polished by population Monte Carlo, in all directions in up to 32 dimensions and
+    along the most active ones in up to 500, or along those two where three times as many draws of
+    that Gaussian are effective as of linear response. It stops at the first that is good: k-hat
+    below 0.5, a fifth of the draws effective and no spread that other draws might show; for the
+    last two, which gain little more, 0.65 and 35 %, and 0.6 and 40 %. A Gaussian is judged by twice
+    4000 draws, a conditional one that is not yet good enough by twice 8000, a mixture by more; a
+    clear case, k-hat below 0.3 and half of the draws effective, by twice 1000 where densities take
+    long.
 
     Trusted is what has a k-hat below 0.7 in two independent judgements, 15 % of the draws effective
     and spreads that show; of several, of those whose log evidence shows that they miss no mass, one
@@ -244,6 +247,7 @@ def _conclude(
         coordinates=coordinates,
         data=data,
         judge=best.judge,
+        sorted_by=heaviest(best.batches[0]) if best.is_trustworthy else None,
     )
 
 

@@ -38,6 +38,7 @@ class Spread(NamedTuple):
         error: the standard error of the logarithm of its standard deviation.
         drawn_error: that of one computed from 4000 draws of the posterior itself, by its kurtosis.
         shares: of its second moment, those of the draws; shape (num_draws,).
+        place: the latent and its column.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Spread(NamedTuple):
     error: float
     drawn_error: float = 0.0
     shares: Any = None
+    place: tuple[str, int] = "", 0
 
     @property
     def is_shown(self) -> bool:
@@ -90,6 +92,12 @@ def worst_spread(*batches: Weighted) -> Spread:
     return max((_worst(_suspects(weighted)) for weighted in batches), key=_doubt)
 
 
+def heaviest(weighted: Weighted) -> tuple[str, int]:
+    """The latent, and its column, of which 4000 draws of the posterior would show the spread
+    worst."""
+    return max(_suspects(weighted), key=lambda spread: spread.drawn_error).place
+
+
 def towards_spreads(*batches: Weighted) -> Weighted:
     """The batch with the worst spread, which is not shown, half of its weights those that the draws
     have in second moments that are not shown: what is fitted to it draws where they come from."""
@@ -118,7 +126,7 @@ def _suspects(weighted: Weighted) -> list[Spread]:
     counts = weights > np.finfo(np.float32).tiny  # of less weight, a value may be infinite
     weights = weights[counts, None]
     at_once = max(1, BLOCK // len(weights))
-    suspects: list[tuple[float, str, np.ndarray]] = []
+    suspects: list[tuple[float, str, np.ndarray, tuple[str, int]]] = []
     for name, values in weighted.latents.items():
         values = np.asarray(values)
         columns = values.reshape(len(values), -1)
@@ -130,16 +138,17 @@ def _suspects(weighted: Weighted) -> list[Spread]:
             for i in np.argsort(-largest)[:SUSPECTS]:
                 place = np.unravel_index(begin + i, values.shape[1:])
                 label = f"{name}[{', '.join(map(str, place))}]" if place else name
-                suspects.append((float(largest[i]), label, terms[:, i].copy()))
+                column = name, int(begin + i)
+                suspects.append((float(largest[i]), label, terms[:, i].copy(), column))
             suspects = sorted(suspects, key=lambda one: -one[0])[:SUSPECTS]
     found = []
-    for _, label, terms in suspects:
+    for _, label, terms, column in suspects:
         error = 0.5 * math.sqrt(np.sum((terms - weights[:, 0]) ** 2))
         kurtosis = np.sum(terms**2 / weights[:, 0])
         drawn_error = 0.5 * math.sqrt(max(kurtosis - 1, 0.0) / MANY)
         shares = np.zeros(len(counts))
         shares[counts] = terms
-        found.append(Spread(label, _k_hat(terms), error, drawn_error, shares))
+        found.append(Spread(label, _k_hat(terms), error, drawn_error, shares, column))
     return found
 
 
