@@ -35,9 +35,6 @@ LIGHT = 0.5
 GOOD = LIGHT, 0.2
 """The k-hat below which, and the share of effective draws above which, nothing is left to gain."""
 
-GOOD_SHAPE = 0.6, 0.4
-"""The same of families that follow the posterior's shape: little more is gained."""
-
 CLEAR = 0.3, 0.5
 """The k-hat below which, and the share above which, few draws are enough to tell."""
 

@@ -26,7 +26,7 @@ FEW_LATENTS = 8
 """Up to so many latents a mixture that is free in all directions does as well."""
 
 ENOUGH = 0.65, 0.35
-"""The k-hat below which, and the share of effective draws above which, it is good enough."""
+"""The k-hat below which, and the share of effective draws above which, rounds gain little more."""
 
 LOOKS = BATCH, 2 * BATCH
 """By how many draws it is judged."""

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vi_params.approximation.candidate import GOOD_SHAPE, Candidate, best_of, confirmed, once
+from vi_params.approximation.candidate import Candidate, best_of, confirmed, once
 from vi_params.approximation.conditional import has_many_latents
 from vi_params.approximation.judge import judge_of_proposal
 from vi_params.approximation.proposals import compile_params, mixture, params_of, values_of
@@ -36,6 +36,9 @@ ACTIVE = 4
 
 LARGEST = 500
 """The largest dimension in which a mixture is tried."""
+
+ENOUGH = 0.6, 0.4
+"""The k-hat below which, and the share of effective draws above which, rounds gain little more."""
 
 ROUNDS = 16
 """How many rounds are made at most."""
@@ -90,7 +93,7 @@ def polish(
     def judged(now: Mixture) -> Candidate:
         judge = judge_of_proposal(target, mixture(now, DF), begun.params, data, num_draws)
         # The mixture becomes its solution at the end; another batch must confirm what is good.
-        return once(POLISHED, begun, judge, next(keys), GOOD_SHAPE)
+        return once(POLISHED, begun, judge, next(keys), ENOUGH)
 
     def begin() -> Mixture:
         drawn = start.batches[0]
