@@ -83,13 +83,17 @@ def test_straight_coordinates_on_the_host():
 
 
 @pytest.mark.parametrize("xp", [np, jnp])
-def test_it_is_found_from_gradients(xp):
-    """From the scores of a frame, this comes back, as far as the Gaussian that it is drawn towards
-    lets it; a gradient that is not finite does not count."""
+@pytest.mark.parametrize("own", [True, False])
+def test_it_is_found_from_gradients(own, xp):
+    """From the scores of a frame, at its own draws or at those of the Gaussian, this comes back, as
+    far as the Gaussian that it is drawn towards lets it; a gradient that is not finite does not
+    count."""
     random = np.random.default_rng(1)
     z = random.standard_normal((400, DIM))
     terms = np.column_stack([np.ones(400), z[:, :GIVEN]])
     precision = np.exp(-2 * terms @ FRAME.log_scales)
+    if own:
+        z[:, GIVEN:] = terms @ FRAME.shifts / precision + z[:, GIVEN:] / np.sqrt(precision)
     scores = np.zeros_like(z)
     scores[:, GIVEN:] = -precision * z[:, GIVEN:] + terms @ FRAME.shifts
     straight = unbent(FRAME.loc, FRAME.scale_tril, FRAME.rotation, GIVEN, np)
@@ -98,8 +102,8 @@ def test_it_is_found_from_gradients(xp):
     gradient[7] = np.nan
     slopes = Slopes(FRAME.loc + z @ root.T, gradient, np.full(400, 1 / 400))
     found = bent(*jax.tree.map(xp.asarray, (straight, slopes)), xp)
-    np.testing.assert_allclose(found.shifts, FRAME.shifts, atol=0.02)
-    np.testing.assert_allclose(found.log_scales, FRAME.log_scales, atol=0.02)
+    np.testing.assert_allclose(found.shifts, FRAME.shifts, atol=0.01)
+    np.testing.assert_allclose(found.log_scales, FRAME.log_scales, atol=0.01)
 
 
 def test_nothing_follows_a_gaussian():
@@ -193,7 +197,7 @@ def test_rounds_go_on_from_it():
 @pytest.mark.parametrize("number", [30, 300])
 def test_approximate_finds_it(number):
     """The one call takes it where linear response is not good enough, and its draws have the
-    moments in closed form: of few latents from gradients at hand, of many from others."""
+    moments in closed form: in 31 dimensions from gradients at hand, in 301 from others."""
     target = many_latents(number)
     posterior = vi.approximate(target, jax.random.key(1))
     assert posterior.trustworthy
@@ -252,9 +256,14 @@ def test_what_is_not_enough_is_looked_at_again(monkeypatch):
     spare = conditioned(target, response, KEY, None)
     assert spare.diagnosis.num_draws == LOOKS[1]
     assert spare.is_spare
-    names = {program.light.__name__ for program in called}
-    assert names == {"solve", "expand", "respond", "density", "<lambda>"}
-    assert all(program.light._cache_size() == 1 for program in called)
+    names = sorted(program.light.__name__ for program in called)
+    assert [name for name in names if name != "<lambda>"] == [
+        "density",
+        "expand",
+        "respond",
+        "solve",
+    ]
+    assert all(program.light._cache_size() <= 1 for program in called)
 
 
 @pytest.mark.parametrize(
@@ -277,6 +286,11 @@ def test_what_is_not_enough_is_looked_at_again(monkeypatch):
         ),
         (lambda s: vi.solvers.conditional_gaussian(TARGET, s.params), TypeError, "solution"),
         (lambda s: vi.solvers.conditional_gaussian(TARGET, s, 0), TypeError, "key"),
+        (
+            lambda s: vi.solvers.conditional_gaussian(TARGET, s, data=jnp.zeros(3)),
+            ValueError,
+            "without a key",
+        ),
         (
             lambda s: vi.solvers.conditional_gaussian(
                 TARGET, vi.solvers.deterministic(TARGET, KEY), KEY

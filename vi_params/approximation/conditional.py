@@ -14,7 +14,7 @@ from vi_params.approximation.tails import HEAVY_ERROR
 from vi_params.guide import Guide
 from vi_params.guides.contaminated import SCALES
 from vi_params.solvers.conditional_gaussian import conditional, conditional_guide
-from vi_params.solvers.fixed_draws import DENSE
+from vi_params.solvers.fixed_draws import DENSE as RESPONDED_AT_ONCE
 from vi_params.solvers.slopes import slopes_by_response
 from vi_params.solvers.solution import Slopes, Solution
 from vi_params.target import Target, flat
@@ -78,9 +78,9 @@ def conditioned(target: Target, response: Candidate, key: jax.Array, data: Any) 
 
 
 def _slopes(target: Target, response: Candidate, data: Any) -> Slopes:
-    """Gradients at the draws by which a linear response was judged, where it took a program that
-    computes them, else those that it has itself."""
-    if flat(target).dim <= DENSE:
+    """Of many latents, gradients at the draws by which the linear response was judged: it took a
+    program that computes them. Of others, those that it has itself."""
+    if flat(target).dim <= RESPONDED_AT_ONCE:
         return jax.device_get(response.solution.slopes)
     drawn = response.batches[0]
     weights = drawn.smoothed.log_weights

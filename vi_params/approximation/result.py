@@ -70,7 +70,8 @@ class Approximation:
             `guide` and `params` in calls of `vi.diagnose`, `vi.draws` and others.
         data: the data it was approximated for.
         judge: `key -> (weighted draws, diagnosis)`, a batch of the guide's draws.
-        sorted_by: the latent, and its column, that `draws` is stratified by as it resamples.
+        sorted_by: the latent, and the column of its values, that `draws` is stratified by as it
+            resamples; None where it does not.
     """
 
     guide: Guide
@@ -87,9 +88,10 @@ class Approximation:
     sorted_by: tuple[str, int] | None = None
 
     def draws(self, key: jax.Array, num_draws: int) -> dict[str, jax.Array]:
-        """Draws of the posterior: the guide's, importance-resampled where `resampled` says so,
-        stratified by the latent with the heaviest tail: its moments are nearer to the posterior's
-        than those of independent draws.
+        """Draws of the posterior: the guide's, importance-resampled where `resampled` says so.
+
+        Resampling is stratified by the latent with the heaviest tail (`sorted_by`): its moments are
+        nearer to the posterior's than those of independent draws.
 
         Args:
             key: a typed random key.

@@ -38,7 +38,7 @@ class Spread(NamedTuple):
         error: the standard error of the logarithm of its standard deviation.
         drawn_error: that of one computed from 4000 draws of the posterior itself, by its kurtosis.
         shares: of its second moment, those of the draws; shape (num_draws,).
-        place: the latent and its column.
+        column: the latent, and the column of its values.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Spread(NamedTuple):
     error: float
     drawn_error: float = 0.0
     shares: Any = None
-    place: tuple[str, int] = "", 0
+    column: tuple[str, int] | None = None
 
     @property
     def is_shown(self) -> bool:
@@ -92,10 +92,14 @@ def worst_spread(*batches: Weighted) -> Spread:
     return max((_worst(_suspects(weighted)) for weighted in batches), key=_doubt)
 
 
-def heaviest(weighted: Weighted) -> tuple[str, int]:
+def heaviest(weighted: Weighted) -> tuple[str, int] | None:
     """The latent, and its column, of which 4000 draws of the posterior would show the spread
     worst."""
-    return max(_suspects(weighted), key=lambda spread: spread.drawn_error).place
+
+    def error(spread: Spread) -> float:
+        return float(np.nan_to_num(spread.drawn_error, nan=np.inf))
+
+    return max(_suspects(weighted), key=error).column
 
 
 def towards_spreads(*batches: Weighted) -> Weighted:

@@ -11,10 +11,10 @@ JMLR 6) with the scores themselves at hand, their errors counted in the units of
 
     sum_i w_i (g_ij - d log q / dc_j)^2 / t_j(a_i),
 
-as in the weighted Fisher divergence of batch-and-match (Cai et al., 2024). A model that is normal
-given a few of its latents, as many hierarchies are given their scales, is found from few gradients,
-with little of the noise of weighted draws. It is solved by a few steps of Gauss-Newton from the
-Gaussian on, the first of which is linear.
+as in the weighted Fisher divergence of batch-and-match (Cai et al., 2024), with 1 / t as the last
+step of Gauss-Newton left it: as part of what is minimised it would reward large t. A model that is
+normal given a few of its latents, as many hierarchies are given their scales, is found from few
+gradients, with little of the noise of weighted draws.
 """
 
 import math
@@ -50,8 +50,8 @@ RIDGE = 0.001
 LEAST, STEEPEST = 0.2, 1.0
 """The smallest precision t where a = 0, and the largest slope l_1 of a log scale."""
 
-STEPS, LONGEST = 3, 1.0
-"""How many steps are made, and how far a log precision moves in one."""
+STEPS, LONGEST = 6, 1.0
+"""How many steps are made, and how far each coefficient of a log precision moves in one."""
 
 WHERE = "solvers.conditional_gaussian"
 
@@ -82,8 +82,8 @@ def conditional_gaussian(
         target: what was approximated.
         solution: what a dense `vi.linear_response` gave for it; with a key, any full-rank
             Gaussian.
-        key: a typed random key, or None.
-        data: the data, with a key; the target's own where None.
+        key: a typed random key, or None: the solution's own gradients then.
+        data: the data, only with a key; the target's own where None.
         num_active: how many directions, fewer than there are dimensions.
         num_draws: at how many draws gradients are computed, with a key.
 
@@ -92,7 +92,8 @@ def conditional_gaussian(
 
     Raises:
         ValueError: there is no key and the solution has no gradients; it is no full-rank Gaussian;
-            `num_active` is not among 1 .. dim - 1; num_draws < 25; or data that are a batch.
+            `num_active` is not among 1 .. dim - 1; num_draws < 25; data that are a
+            batch, or without a key.
         KeyError: `data` has unknown names, or lacks one.
         TypeError: the solution is none, or `key` is not a typed key.
 
@@ -129,6 +130,15 @@ def conditional_gaussian(
     if key is not None:
         require_key(key, WHERE)
         data = data_of(target, data)
+    elif data is not None:
+        raise ValueError(
+            explain(
+                "Data are asked for nothing without a key.",
+                expected="a key, for gradients at new draws, or no data",
+                received="data without a key",
+                where=WHERE,
+            )
+        )
     if "scale_tril" not in solution.params[name] or (key is None and solution.slopes is None):
         raise ValueError(
             explain(

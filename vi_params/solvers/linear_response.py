@@ -144,9 +144,9 @@ def _build(target: Target, name: str) -> tuple[Guide, Quick, Quick]:
             return Response(hessian, shares.reshape(2, -1, 2 * dim).mean(0), slopes)
 
         def slopes_alone() -> Response:
-            blank = jnp.zeros((2 * dim, 2 * dim), x.dtype)
-            slopes = over(lambda e: share(x, e)[1], draws, at_once)
-            return Response(blank, jnp.zeros((len(draws) // 2, 2 * dim), x.dtype), slopes)
+            dtype, pairs = jnp.result_type(x, draws), len(draws) // 2
+            hessian, scores = (jnp.zeros((n, 2 * dim), dtype) for n in (2 * dim, pairs))
+            return Response(hessian, scores, over(lambda e: share(x, e)[1], draws, at_once))
 
         return lax.cond(curved, curvature, slopes_alone)
 

@@ -74,8 +74,8 @@ def population_monte_carlo(
             they are normal, with locations and scales of their own. The directions are the leading
             eigenvectors of E[g g'], g the gradient of the log ratio of posterior and Gaussian: at
             the fixed draws of `init` where it is a dense linear response, for its data; else at
-            weighted draws. Those of a conditional Gaussian, and how what is across follows them,
-            stay as they are.
+            draws by a power of their weights. Those of a conditional Gaussian, and how what is
+            across follows them, stay as they are.
         df: the components' degrees of freedom, a whole number.
         num_draws: draws a round, at least 25.
         max_steps: how many rounds at most; they end earlier where k-hat is below 0.5 and more than
