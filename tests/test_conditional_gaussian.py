@@ -190,8 +190,9 @@ def test_rounds_go_on_from_it():
     for leaf, kept in zip(*map(jax.tree.leaves, frames), strict=True):
         np.testing.assert_allclose(leaf, kept, rtol=1e-4, atol=1e-6)
     after = judged(target, found)
+    assert after.k_hat < 0.7
     np.testing.assert_allclose(after.log_evidence, 0.0, atol=0.05)
-    assert after.ess > 1.3 * max(judged(target, one).ess for one in (begun, straight))
+    assert after.ess > 1.5 * max(judged(target, one).ess for one in (begun, straight))
 
 
 @pytest.mark.parametrize("number", [30, 300])

@@ -60,10 +60,10 @@ def conditioned(target: Target, response: Candidate, key: jax.Array, data: Any) 
     """
     start = response.solution
     found = conditional(values_of(start), _slopes(target, response, data), ACTIVE, np)
-    guide = _guide(target, start.guide)
+    proposal = mixture(found, None)
     keys = jax.random.split(key, 2 * len(LOOKS))
     for i, num_draws in enumerate(LOOKS):
-        judge = judge_of_proposal(target, mixture(found, None), start.params, data, num_draws)
+        judge = judge_of_proposal(target, proposal, start.params, data, num_draws)
         candidate = confirmed(
             *(once(CONDITIONAL, start, judge, one, ENOUGH) for one in keys[2 * i : 2 * i + 2])
         )
@@ -73,6 +73,7 @@ def conditioned(target: Target, response: Candidate, key: jax.Array, data: Any) 
         shows_well = candidate.is_good and spread is not None and spread.error <= HEAVY_ERROR
         if shows_well:
             break
+    guide = _guide(target, start.guide)
     solution = start._replace(guide=guide, params={**start.params, **params_of(guide, found)})
     return candidate._replace(solution=solution, is_spare=not shows_well)
 
