@@ -20,7 +20,14 @@ from vi_params._cache import program
 from vi_params._compile import Quick
 from vi_params.approximation.candidate import Candidate, best_of
 from vi_params.approximation.judge import BATCH, FEWER, judge_of_guide
-from vi_params.approximation.polish import is_stale, start_of
+from vi_params.approximation.polish import (
+    COMPONENTS,
+    FAR,
+    MORE_COMPONENTS,
+    is_stale,
+    start_of,
+)
+from vi_params.approximation.proposals import values_of
 from vi_params.approximation.result import _deterministic, resampled
 from vi_params.approximation.tails import Spread, towards_spreads, worst_spread
 from vi_params.importance import Weighted, psis, psis_on_host
@@ -122,7 +129,8 @@ def test_a_polished_hierarchy_compiles_the_model_twice(monkeypatch):
     found = vi.approximate(target, KEY)
     found.draws(KEY, 100)
     assert found.coordinates is not found.target
-    assert "population Monte Carlo" in str(found)
+    assert "* population Monte Carlo" in str(found)
+    assert len(values_of(found)["weights"]) == COMPONENTS + 1
     names = sorted(program.light.__name__ for program in called)
     small = {"respond", "compiled", "<lambda>"}  # of means and covariances alone
     assert [name for name in names if name not in small] == ["density", "solve"]
@@ -267,6 +275,9 @@ def test_a_bent_posterior_is_polished():
     fine = vi.approximate(target, KEY)
     assert "* population Monte Carlo" in str(fine)
     assert fine.trustworthy
+    # Few draws of the Gaussian are effective: it takes more components, and the guard.
+    assert float(rough.diagnosis.ess) < FAR * int(rough.diagnosis.num_draws)
+    assert len(values_of(fine)["weights"]) == MORE_COMPONENTS + 1
     draws = fine.draws(KEY, 8000)["z"]
     np.testing.assert_allclose(draws.mean(0), [0.0, 0.5], atol=0.06)
     np.testing.assert_allclose(draws.std(0), [1.0, 0.75], rtol=0.08)

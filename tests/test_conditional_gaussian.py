@@ -12,6 +12,7 @@ from vi_params._compile import Quick
 from vi_params.approximation.candidate import judge_of, with_wide_tails
 from vi_params.approximation.candidate import judged as candidate_of
 from vi_params.approximation.conditional import LOOKS, conditioned
+from vi_params.approximation.optima import HESSIANS
 from vi_params.guides.frame import REACH, Frame, unbent
 from vi_params.solvers.conditional_gaussian import bent
 from vi_params.solvers.solution import Slopes
@@ -46,8 +47,9 @@ def many_latents(number):
     return vi.target(hierarchy, {"scale": vi.Latent(()), "rest": vi.Latent((number,))})
 
 
-def gaussian_of(target):
-    return vi.linear_response(target, vi.solvers.deterministic(target, KEY))
+def gaussian_of(target, num_hessians=None):
+    solution = vi.solvers.deterministic(target, KEY)
+    return vi.linear_response(target, solution, num_hessians=num_hessians)
 
 
 def judged(target, found, num_draws=8000):
@@ -247,7 +249,7 @@ def test_what_is_not_enough_is_looked_at_again(monkeypatch):
 
     monkeypatch.setattr(Quick, "__call__", call)
     target = many_latents(40)
-    solution = with_wide_tails(target, gaussian_of(target))
+    solution = with_wide_tails(target, gaussian_of(target, HESSIANS))
     keys = iter(jax.random.split(KEY, 8))
     response = candidate_of("response", solution, judge_of(target, solution, None), keys)
     enough = conditioned(target, response, KEY, None)

@@ -166,6 +166,48 @@ def test_the_rank_is_checked():
         vi.quantity_response(target, vi.linear_response(target, solution), lambda z: z["rate"])
 
 
+def test_hessians_at_few_draws():
+    """Of a Gaussian they give the exact covariances; else those of all draws roughly, and exactly
+    where as many are asked for. Gradients are those of all draws."""
+    with enable_x64(True):
+        target, _, covariance = factor_gaussian()
+        solution = vi.solvers.deterministic(target, KEY)._replace(response=None)
+        found = vi.linear_response(target, solution, num_hessians=2)
+        units = np.sqrt(np.diagonal(covariance))
+        np.testing.assert_allclose(
+            covariance_of(found) / units / units[:, None],
+            covariance / units / units[:, None],
+            atol=1e-3,
+        )
+        solution = vi.solvers.deterministic(counts(), KEY)._replace(response=None)
+        of_all = vi.linear_response(counts(), solution)
+        of_more = vi.linear_response(counts(), solution, num_hessians=100)
+        of_few = vi.linear_response(counts(), solution, num_hessians=8)
+        np.testing.assert_allclose(covariance_of(of_more), covariance_of(of_all), rtol=1e-12)
+        error = np.abs(covariance_of(of_few) - covariance_of(of_all))
+        sd = np.sqrt(np.diagonal(covariance_of(of_all)))
+        assert 1e-6 < np.max(error / sd / sd[:, None]) < 0.1
+        np.testing.assert_allclose(of_few.slopes.gradient, of_all.slopes.gradient, rtol=1e-10)
+        np.testing.assert_allclose(of_few.info.sampling_error, of_all.info.sampling_error, rtol=0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_hessians": 0}, ">= 2"),
+        ({"num_hessians": 3}, "num_hessians=3, rank=None"),
+        ({"num_hessians": 2, "rank": 1}, "num_hessians=2, rank=1"),
+    ],
+)
+def test_the_number_of_hessians_is_checked(options, message):
+    target = counts()
+    solution = vi.solvers.deterministic(target, KEY)
+    with pytest.raises(ValueError, match=message):
+        vi.linear_response(target, solution, **options)
+    with pytest.raises(ValueError, match=message):
+        vi.solvers.refine(target, KEY, init=solution, **options)
+
+
 @jax.custom_vjp
 def once_only(x):
     """A log density with a gradient and no forward derivative."""

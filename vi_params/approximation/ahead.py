@@ -8,7 +8,7 @@ import jax
 from vi_params.approximation.candidate import wide_tailed
 from vi_params.approximation.conditional import compile_conditional, has_many_latents
 from vi_params.approximation.judge import compile_density
-from vi_params.approximation.optima import TOLERANCE
+from vi_params.approximation.optima import HESSIANS, TOLERANCE
 from vi_params.approximation.polish import compile_polish
 from vi_params.approximation.proposals import compile_values
 from vi_params.approximation.result import compile_draws
@@ -45,7 +45,7 @@ def compile_usual(
         target, lanes=lanes, tolerance=TOLERANCE, fixed=tuple(sorted(fixed))
     )
     (name,) = mean_field.declared
-    _, expand, respond = prepared_response(target, name)
+    _, expand, respond = prepared_response(target, name, HESSIANS)
     params, info, draws, response, _ = solve.ahead(pool, key, data, fixed, None)
     if response is None:
         response = expand.ahead(pool, params, draws, data, CURVED)

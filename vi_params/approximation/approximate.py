@@ -1,5 +1,6 @@
 """The one call for people who do not want to choose."""
 
+import functools
 import itertools
 import math
 from concurrent.futures import Executor
@@ -25,7 +26,7 @@ from vi_params.approximation.centring import non_centred, suited
 from vi_params.approximation.conditional import CONDITIONAL, can_condition, conditioned
 from vi_params.approximation.flow import can_flow, flowed
 from vi_params.approximation.judge import BATCH
-from vi_params.approximation.optima import optima
+from vi_params.approximation.optima import HESSIANS, optima
 from vi_params.approximation.polish import can_polish, start_of
 from vi_params.approximation.polish import polish as polished
 from vi_params.approximation.result import Approximation
@@ -60,14 +61,16 @@ def approximate(
 ) -> Approximation:
     """A posterior approximation with a verdict, nothing to be tuned.
 
-    Fixed-draw mean-field from several starts, covariances by linear response, a judgement by
-    Pareto-smoothed importance sampling, its tails widened (`vi.guides.contaminated_normal`, in up
-    to 1000 dimensions); where distinct optima were found, their mixture; where that is not good
-    enough, of one optimum in more than 8 dimensions, a Gaussian whose scales follow two directions
+    Fixed-draw mean-field from several starts, covariances by linear response (in more than 32
+    dimensions from Hessians at eight of the fixed draws), a judgement by Pareto-smoothed importance
+    sampling, its tails widened (`vi.guides.contaminated_normal`, in up to 1000 dimensions); where
+    distinct optima were found, their mixture; where that is not good enough, of one optimum in more
+    than 8 dimensions, a Gaussian whose scales follow two directions
     (`vi.solvers.conditional_gaussian`), in more than 32 dimensions from gradients at 1000 draws,
     which is taken only where it is good and the spread with the heaviest tail has a standard error
     of at most 0.03, or where nothing else is to be trusted; then a mixture of Student-t
-    distributions polished by population Monte Carlo, in all directions in up to 32 dimensions and
+    distributions polished by population Monte Carlo, in all directions in up to 32 dimensions (16
+    components, or 32 where less than a tenth of the draws that they start from are effective) and
     along the most active ones in up to 500, or along those two where three times as many draws of
     that Gaussian are effective as of linear response. It stops at the first that is good: k-hat
     below 0.5, a fifth of the draws effective and no spread that other draws might show; for the
@@ -215,10 +218,11 @@ def _usable(target: Target) -> Target:
 
 def _respond(target: Target, key: jax.Array, data: Any, fixed: Any, lanes: int) -> list[Solution]:
     """A solution with linear response for every distinct optimum, the best first."""
-    rank = None if flat(target).dim <= DENSE else RANK
+    rank, num_hessians = (None, HESSIANS) if flat(target).dim <= DENSE else (RANK, None)
     first, *others = optima(target, key, data, fixed, lanes)
-    best = refine(target, key, data, init=first, fixed=fixed, rank=rank)
-    return [best, *(linear_response(target, one, data, rank=rank) for one in others)]
+    respond = functools.partial(linear_response, target, rank=rank, num_hessians=num_hessians)
+    best = refine(target, key, data, init=first, fixed=fixed, rank=rank, num_hessians=num_hessians)
+    return [best, *(respond(one, data) for one in others)]
 
 
 def _conclude(

@@ -9,6 +9,7 @@ import numpy as np
 from vi_params._cache import program
 from vi_params.approximation.candidate import Candidate, confirmed, once
 from vi_params.approximation.judge import BATCH, judge_of_proposal
+from vi_params.approximation.optima import HESSIANS
 from vi_params.approximation.proposals import compile_params, mixture, params_of, values_of
 from vi_params.approximation.tails import HEAVY_ERROR
 from vi_params.guide import Guide
@@ -85,7 +86,7 @@ def _slopes(target: Target, response: Candidate, data: Any) -> Slopes:
         return jax.device_get(response.solution.slopes)
     drawn = response.batches[0]
     weights = drawn.smoothed.log_weights
-    return slopes_by_response(target, response.solution, drawn.position, weights, data)
+    return slopes_by_response(target, response.solution, drawn.position, weights, data, HESSIANS)
 
 
 def compile_conditional(pool: Executor, target: Target, start: Guide) -> None:

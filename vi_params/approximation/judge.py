@@ -30,6 +30,9 @@ BATCH = 4000
 FEWER = 1000
 """At how many at once where that takes long, and by how many a clear case is judged then."""
 
+SHORT = 8
+"""It does not where so many batches fit side by side into what `at_once` thinks of."""
+
 
 class Judge(NamedTuple):
     """Judges a guide at its parameters by batches of draws.
@@ -77,17 +80,17 @@ def judge_of_proposal(
     size = _rows(target, data)
 
     def draw(key: jax.Array, num_draws: int) -> tuple[Any, Any, np.ndarray]:
-        u = proposal.draw(generator(key), num_draws).astype(_dtype())
-        parts = []
-        for begin in range(0, num_draws, size):
-            block = u[begin : begin + size]
+        random, parts = generator(key), []
+        ahead = proposal(random, size)
+        for left in range(num_draws - size, -size, -size):
+            u, log_q = ahead[0].astype(_dtype()), ahead[1]
             # It runs while the host goes on; several at once could wait for each other (`_over`).
-            running = density(own, block, data)
-            log_q = proposal.log_prob(block.astype(float))
+            running = density(own, u, data)
+            if left > 0:
+                ahead = proposal(random, size)
             latents, log_p = jax.device_get(running)
-            parts.append((latents, log_p.astype(float) - log_q))
-        latents, log_ratios = joined(parts, num_draws)
-        return latents, u, log_ratios
+            parts.append((latents, u, log_p.astype(float) - log_q))
+        return joined(parts, num_draws)
 
     return Judge(num_draws, size, draw)
 
@@ -113,12 +116,12 @@ def _dtype() -> Any:
 
 
 def _density_of(target: Target, data: Any) -> Quick:
-    return program(_density, target, _rows(target, data) == BATCH)
+    return program(_density, target, at_once(BATCH, target, data) == BATCH)
 
 
 def _rows(target: Target, data: Any) -> int:
     """At how many draws the density of a target is computed by one call of the program."""
-    return BATCH if at_once(BATCH, target, data) == BATCH else FEWER
+    return BATCH if at_once(SHORT * BATCH, target, data) == SHORT * BATCH else FEWER
 
 
 def _density(target: Target, is_short: bool) -> Quick:

@@ -13,6 +13,10 @@ TOLERANCE = 0.01
 """How many nats a Newton step may still promise at the end: the error of fixed draws, and what
 linear response corrects, are larger."""
 
+HESSIANS = 8
+"""At how many fixed draws linear response has Hessians of many latents: what judges it, and what
+follows it, is not about their last digits."""
+
 
 def optima(target: Target, key: jax.Array, data: Any, fixed: Any, lanes: int) -> list[Solution]:
     """A mean-field solution for every distinct optimum, the best first.

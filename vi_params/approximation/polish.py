@@ -21,8 +21,9 @@ from vi_params.solvers.mixture_families import Mixture
 from vi_params.solvers.population_monte_carlo import DF, Population, population
 from vi_params.target import Target, flat
 
-COMPONENTS = 16
-"""How many components the mixture has."""
+COMPONENTS, MORE_COMPONENTS, FAR = 16, 32, 0.1
+"""How many components the mixture has: more where fewer of the draws that it starts from are
+effective than this share, since one Gaussian is then far from the shape to be followed."""
 
 DRAWS, FEWER_DRAWS = 16000, 8000
 """How many draws a round makes: few components of few draws leave out the neck of a funnel; fewer
@@ -87,7 +88,9 @@ def polish(
     own = values_of(begun)
     has_directions = "frame" in own  # those of a conditional Gaussian
     num_active = Frame(**own["frame"]).num_active if has_directions else _num_active(target)
-    rounds = _rounds(pool, target, begun.guide, num_active)
+    is_far = num_active is None and start.share < FAR
+    number = MORE_COMPONENTS if is_far else COMPONENTS
+    rounds = _rounds(pool, target, begun.guide, num_active, number)
     num_draws = DRAWS if has_many_latents(target) else FEWER_DRAWS
 
     def judged(now: Mixture) -> Candidate:
@@ -98,7 +101,7 @@ def polish(
     def begin() -> Mixture:
         drawn = start.batches[0]
         position = np.asarray(drawn.position)[resampled(next(keys), drawn.smoothed.log_weights)]
-        first, slopes = position[:COMPONENTS].astype(float), jax.device_get(begun.slopes)
+        first, slopes = position[:number].astype(float), jax.device_get(begun.slopes)
         return refit(rounds.begin(own, first, drawn, slopes, np), drawn)
 
     def refit(now: Mixture, drawn: Weighted) -> Mixture:
@@ -145,14 +148,17 @@ def _settled(
 def compile_polish(pool: Executor, target: Target, start: Guide) -> None:
     """Has compiled, by threads of `pool`, what `polish` needs from a guide on."""
     if flat(target).dim <= LARGEST:
-        _rounds(pool, target, start, _num_active(target))
+        _rounds(pool, target, start, _num_active(target), COMPONENTS)
 
 
-def _rounds(pool: Executor, target: Target, start: Guide, num_active: int | None) -> Population:
-    """What the rounds are made of, the program that they end with compiled by threads of `pool`."""
-    rounds = population(target, start, COMPONENTS, DF, num_active)
-    number = COMPONENTS + 1  # and the guard
-    compile_params(pool, rounds.guide, number, flat(target).dim, num_active)
+def _rounds(
+    pool: Executor, target: Target, start: Guide, num_active: int | None, number: int
+) -> Population:
+    """What the rounds of so many components are made of, the program that they end with compiled by
+    threads of `pool`."""
+    rounds = population(target, start, number, DF, num_active)
+    with_guard = number + 1
+    compile_params(pool, rounds.guide, with_guard, flat(target).dim, num_active)
     return rounds
 
 

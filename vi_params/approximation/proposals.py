@@ -6,12 +6,12 @@ take to compile, so that the one program a judgement needs is the target's own d
 
 from collections.abc import Callable
 from concurrent.futures import Executor
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
-from vi_params._arrays import inverse_lower, logsumexp
+from vi_params._arrays import logsumexp
 from vi_params._cache import program
 from vi_params._compile import Quick
 from vi_params._tree import pick
@@ -24,36 +24,26 @@ from vi_params.params import constrain, unconstrain
 from vi_params.solvers.mixture_families import Mixture
 from vi_params.solvers.solution import Solution
 
-
-class Proposal(NamedTuple):
-    """A distribution over unconstrained vectors.
-
-    Attributes:
-        draw: `(generator, num_draws) -> vectors`, shape (num_draws, dim), in any order.
-        log_prob: `vectors -> log densities`, shape (num_draws,).
-    """
-
-    draw: Callable[[np.random.Generator, int], np.ndarray]
-    log_prob: Callable[[np.ndarray], np.ndarray]
+Proposal = Callable[[np.random.Generator, int], tuple[np.ndarray, np.ndarray]]
+"""A distribution over unconstrained vectors, `(generator, num_draws) -> (vectors, log densities)`,
+shapes (num_draws, dim), in any order, and (num_draws,): what a vector was made of tells its density
+at no cost."""
 
 
 def contaminated_normal(loc: np.ndarray, scale_tril: np.ndarray) -> Proposal:
     """That of `vi.guides.contaminated_normal`."""
     dim = len(loc)
     weights, scales = np.asarray(WEIGHTS), np.asarray(SCALES)
-    inverse = inverse_lower(scale_tril, np)
     log_det = np.sum(np.log(np.diagonal(scale_tril)))
 
-    def draw(random: np.random.Generator, num_draws: int) -> np.ndarray:
+    def draw(random: np.random.Generator, num_draws: int) -> tuple[np.ndarray, np.ndarray]:
         size = random.choice(scales, num_draws, p=weights)
-        return loc + (size[:, None] * random.standard_normal((num_draws, dim))) @ scale_tril.T
+        y = size[:, None] * random.standard_normal((num_draws, dim))
+        terms = log_elliptical(np.sum(y**2, axis=1) / scales[:, None] ** 2, dim, None, np)
+        terms = terms.T + np.log(weights) - dim * np.log(scales)
+        return loc + y @ scale_tril.T, logsumexp(terms, axis=1, xp=np) - log_det
 
-    def log_prob(u: np.ndarray) -> np.ndarray:
-        squared = np.sum(((u - loc) @ inverse.T) ** 2, axis=1)
-        terms = log_elliptical(squared / scales[:, None] ** 2, dim, None, np)
-        return logsumexp(terms.T + np.log(weights) - dim * np.log(scales), axis=1, xp=np) - log_det
-
-    return Proposal(draw, log_prob)
+    return draw
 
 
 def mixture(found: Mixture, df: int | None) -> Proposal:
@@ -62,7 +52,7 @@ def mixture(found: Mixture, df: int | None) -> Proposal:
     num_active, rest = locs.shape[1], across.locs.shape[1]
     frame = found.frame
 
-    def draw(random: np.random.Generator, num_draws: int) -> np.ndarray:
+    def draw(random: np.random.Generator, num_draws: int) -> tuple[np.ndarray, np.ndarray]:
         counts = random.multinomial(num_draws, weights / np.sum(weights))
         normal = random.standard_normal((num_draws, num_active + rest))
         if df is not None:
@@ -72,14 +62,12 @@ def mixture(found: Mixture, df: int | None) -> Proposal:
             rows = slice(end - count, end)
             y[rows, :num_active] = locs[k] + normal[rows, :num_active] @ scale_trils[k].T
             y[rows, num_active:] = across.locs[k] + across.scales[k] * normal[rows, num_active:]
-        return y if frame is None else frame.unconstrained(y, np)
-
-    def log_prob(u: np.ndarray) -> np.ndarray:
-        y = found.coordinates(u, np)
         log_q = logsumexp(part_terms(found.parts, y, df, np), xp=np)
-        return log_q if frame is None else log_q - frame.log_det(y, np)
+        if frame is None:
+            return y, log_q
+        return frame.unconstrained(y, np), log_q - frame.log_det(y, np)
 
-    return Proposal(draw, log_prob)
+    return draw
 
 
 def proposal_of(solution: Solution) -> Proposal | None:

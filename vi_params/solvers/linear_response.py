@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from vi_params._cache import program
+from vi_params._check import explain, require_count
 from vi_params._compile import Quick
 from vi_params._over import divisor, over
 from vi_params.guide import Guide
@@ -43,7 +44,12 @@ CURVED, FLAT = np.True_, np.False_
 
 
 def linear_response(
-    target: Target, solution: Solution, data: Any = None, *, rank: int | None = None
+    target: Target,
+    solution: Solution,
+    data: Any = None,
+    *,
+    rank: int | None = None,
+    num_hessians: int | None = None,
 ) -> Solution:
     """The Gaussian with the locations of a mean-field solution and linear-response covariances.
 
@@ -60,6 +66,10 @@ def linear_response(
             `response` was expanded at them already.)
         rank: None for all covariances; a number for the covariance D (c I + V diag(l) V') D of
             that many directions V, the ones along which mean-field is most too narrow.
+        num_hessians: at how many of the fixed draws at most Hessians are computed, an even number:
+            whole pairs, scaled to a mean square of one; None for all. A few are enough where what
+            follows corrects the covariances. (Not with `rank`; a solution that brings its
+            `response` has that of all.)
 
     Returns:
         A `Solution` with a `vi.guides.full_rank` guide (`low_rank` with `rank`).
@@ -70,8 +80,9 @@ def linear_response(
 
     Raises:
         ValueError: the solution is of another family, or has no even number of fixed draws; a
-            rank not among 1 .. dim; data that are a batch.
-        TypeError: `solution` is none.
+            rank not among 1 .. dim; `num_hessians` is no even number above zero, or beside
+            `rank`; data that are a batch.
+        TypeError: `solution` is none, or `num_hessians` no int.
 
     Example:
         >>> precision = jnp.array([[2.0, 0.9], [0.9, 1.0]])
@@ -86,12 +97,13 @@ def linear_response(
     """
     name = require_mean_field(solution, "linear_response")
     data, target = data_of(target, data), whole(target)
+    _require_pairs(num_hessians, rank)
     if rank is not None:
         rank = checked_rank(rank, flat(target).dim, "linear_response")
         guide, respond = program(build_low_rank, target, name, rank)
         params, info = respond(solution.params, solution.info, solution.noise, data)
         return Solution(guide, params, info, solution.noise)
-    guide, expand, respond = prepared(target, name)
+    guide, expand, respond = prepared(target, name, num_hessians)
     response = solution.response
     if response is None:
         response = expand(solution.params, solution.noise, data, CURVED)
@@ -99,13 +111,32 @@ def linear_response(
     return Solution(guide, params, info, solution.noise, slopes=slopes)
 
 
-def prepared(target: Target, name: str) -> tuple[Guide, Quick, Quick]:
+def _require_pairs(num_hessians: int | None, rank: int | None) -> None:
+    """Raises where Hessians cannot be had at so many draws."""
+    if num_hessians is None:
+        return
+    require_count(num_hessians, "num_hessians", "linear_response", least=2)
+    if rank is None and num_hessians % 2 == 0:
+        return
+    raise ValueError(
+        explain(
+            "Hessians are of pairs of draws, and of dense covariances.",
+            expected="num_hessians an even number above zero or None; None with rank",
+            received=f"num_hessians={num_hessians!r}, rank={rank!r}",
+            where="linear_response",
+        )
+    )
+
+
+def prepared(
+    target: Target, name: str, num_hessians: int | None = None
+) -> tuple[Guide, Quick, Quick]:
     """The guide, and the programs `(params, draws, data, whether curved) -> Response` and
     `(params, info, draws, response) -> (params, info, Slopes)`."""
-    return program(_build, target, name)
+    return program(_build, target, name, num_hessians)
 
 
-def _build(target: Target, name: str) -> tuple[Guide, Quick, Quick]:
+def _build(target: Target, name: str, num_hessians: int | None) -> tuple[Guide, Quick, Quick]:
     guide = full_rank(target, name=name)
     layout = Layout(target, mean_field(target, name=name))
     dim = layout.dim
@@ -127,19 +158,25 @@ def _build(target: Target, name: str) -> tuple[Guide, Quick, Quick]:
             slope = jax.grad(log_density)(m + jnp.exp(w) * e, theta)
             return jnp.concatenate([-slope, -slope * jnp.exp(w) * e - 1.0]), slope
 
+        some = _fewer(draws, num_hessians)
+
         def column(v: jax.Array) -> jax.Array:
             def product(e: jax.Array) -> jax.Array:
                 return along(lambda x: share(x, e)[0], x, v, unit)
 
-            return over(product, draws, at_once).mean(0)
+            return over(product, some, divisor(len(some), at_once)).mean(0)
 
         def curvature() -> Response:
             """By draws, or where the density has no second derivative by columns, from differences
             of gradients."""
-            by_draw = expansion(log_density, draws, layout.size(data), 0)
-            if exists(by_draw, draws, 0):
-                return by_draw(x, LAST)[2]
-            hessian = lax.map(column, jnp.eye(2 * dim, dtype=x.dtype))
+            by_draw = expansion(log_density, some, layout.size(data), 0)
+            if exists(by_draw, some, 0):
+                found = by_draw(x, LAST)[2]
+                if some is draws:
+                    return found
+                hessian = found.hessian
+            else:
+                hessian = lax.map(column, jnp.eye(2 * dim, dtype=x.dtype))
             shares, slopes = over(lambda e: share(x, e), draws, at_once)
             return Response(hessian, shares.reshape(2, -1, 2 * dim).mean(0), slopes)
 
@@ -180,3 +217,13 @@ def _build(target: Target, name: str) -> tuple[Guide, Quick, Quick]:
         return {**rest, **unconstrain(guide.declared, values)}, info, slopes
 
     return guide, expand, respond
+
+
+def _fewer(draws: jax.Array, number: int | None) -> jax.Array:
+    """At most so many of antithetic draws, a half of them from either half, of mean square one in
+    every coordinate."""
+    if number is None or number >= len(draws):
+        return draws
+    half = len(draws) // 2
+    some = jnp.concatenate([draws[: number // 2], draws[half : half + number // 2]])
+    return some / jnp.sqrt(jnp.mean(some**2, axis=0))

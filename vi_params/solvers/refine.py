@@ -27,6 +27,7 @@ def refine(
     tolerable: float = TOLERABLE,
     doublings: int = 3,
     rank: int | None = None,
+    num_hessians: int | None = None,
 ) -> Solution:
     """The linear response of a fixed-draw solution, its draws doubled while they are too few.
 
@@ -46,6 +47,7 @@ def refine(
             deviations.
         doublings: how often they are doubled at most.
         rank: as `vi.linear_response` takes it.
+        num_hessians: likewise.
 
     Returns:
         The `Solution` of `vi.linear_response`; `len(solution.noise)` is the number of draws and
@@ -53,7 +55,8 @@ def refine(
 
     Raises:
         ValueError: tolerable <= 0, doublings < 0, `init` is of another family or has no even number
-            of fixed draws, a rank not among 1 .. dim, or data that are a batch.
+            of fixed draws, a rank not among 1 .. dim, `num_hessians` no even number above zero or
+            beside `rank`, or data that are a batch.
         KeyError: `fixed` or `data` hold unknown names, or `data` lack one.
         TypeError: `key` is not a typed key, `init` is no `Solution`, or one of them or the data is
             traced.
@@ -92,8 +95,11 @@ def refine(
             )
         )
 
+    respond = functools.partial(
+        linear_response, target, data=data, rank=rank, num_hessians=num_hessians
+    )
     solution = init
-    found = linear_response(target, solution, data, rank=rank)
+    found = respond(solution)
     for _ in range(doublings):
         error = float(found.info.sampling_error)
         if math.isnan(error) or error <= tolerable:
@@ -112,5 +118,5 @@ def refine(
         if int(solution.info.status) not in ENDED:
             # The scales of too few draws can be out of all proportion, and lead nowhere.
             solution = solve()
-        found = linear_response(target, solution, data, rank=rank)
+        found = respond(solution)
     return found

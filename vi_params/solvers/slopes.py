@@ -37,7 +37,12 @@ def slopes_at(target: Target, values: Any, position: Any, log_weights: Any, data
 
 
 def slopes_by_response(
-    target: Target, solution: Solution, position: Any, log_weights: Any, data: Any
+    target: Target,
+    solution: Solution,
+    position: Any,
+    log_weights: Any,
+    data: Any,
+    num_hessians: int | None = None,
 ) -> Slopes:
     """The same on the host, at the first thousand draws: nothing is compiled, the program that a
     linear response of many latents took computes them, in blocks of as many as that had draws.
@@ -48,10 +53,11 @@ def slopes_by_response(
         position: draws, shape (num_draws, dim).
         log_weights: their importance weights.
         data: the data.
+        num_hessians: as that linear response was given it.
     """
     position, log_weights = position[:GRADIENTS].astype(float), log_weights[:GRADIENTS]
     (name,) = solution.guide.declared
-    _, expand, _ = prepared(target, name)
+    _, expand, _ = prepared(target, name, num_hessians)
     # At location 0 and scale 1 a fixed draw is the place itself.
     size, dim = solution.noise.shape
     zero = jnp.asarray(np.zeros(dim, solution.noise.dtype))
