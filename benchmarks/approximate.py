@@ -50,8 +50,9 @@ def one_side(options, name, side):
     told = {}
 
     def approximate(seed):
-        target = told.setdefault("target", vi.from_numpyro(model, *args, **kwargs))
-        found = vi.approximate(target, jax.random.key(seed))
+        if "target" not in told:
+            told["target"] = vi.from_numpyro(model, *args, **kwargs)
+        found = vi.approximate(told["target"], jax.random.key(seed))
         told.setdefault("found", found)
         return found.draws(jax.random.key(100 + seed), DRAWS)
 
