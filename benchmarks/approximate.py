@@ -4,10 +4,11 @@
 
 Every posterior of FOLDER (posteriors.py, moments.json) and every model of this repository, in
 float64. Each side runs in a process of its own: once cold, with tracing and compilation, to its
-draws; then with other keys, everything compiled: ours three times, the median; NUTS, whose 8,000
-transitions average by themselves, once. NUTS: 4 chains, vectorised or
-sequential, whichever was the faster, 1,000 warm-up steps and 1,000 draws each. Errors are the
-largest over all parameters: of means in reference standard deviations, of log standard deviations.
+draws; then with other keys, everything compiled (target and kernel are made in the cold run): ours
+three times, the median; NUTS, whose 8,000 transitions average by themselves, once. NUTS: 4 chains,
+vectorised or sequential, whichever was the faster, 1,000 warm-up steps and 1,000 draws each. Errors
+are the largest over all parameters: of means in reference standard deviations, of log standard
+deviations.
 The reference of a model of this repository is a run of NUTS of 4 chains with 5,000 draws each.
 `trust` is the verdict on the first run; `right` whether errors are below 0.1 and 0.15.
 """

@@ -403,8 +403,11 @@ def test_those_whose_spreads_show_come_first():
     assert best_of([unshown, tried(0.75, 0.9)]) is unshown
 
 
-@pytest.mark.parametrize(("skewness", "num_draws"), [(0.0, FEWER), (0.3, BATCH)])
-def test_few_draws_are_enough_for_what_is_clear(skewness, num_draws):
+@pytest.mark.parametrize(
+    ("skewness", "num_data", "num_draws"),
+    [(0.0, 6000, FEWER), (0.3, 6000, BATCH), (0.0, 1000, FEWER), (0.0, 100, BATCH)],
+)
+def test_few_draws_are_enough_for_what_is_clear(skewness, num_data, num_draws):
     """Where densities take long, a Gaussian is judged by few draws, and what is not Gaussian by all
     of them; of either the moments are those of the closed form."""
 
@@ -413,7 +416,7 @@ def test_few_draws_are_enough_for_what_is_clear(skewness, num_draws):
         shown = dist.Normal(latents["x"], jnp.sqrt(len(data))).log_prob(data).sum()
         return shown + dist.Normal(0.0, spread).log_prob(latents["y"])
 
-    target = vi.target(log_density, {n: vi.Latent(()) for n in "xy"}, data=jnp.zeros(6000))
+    target = vi.target(log_density, {n: vi.Latent(()) for n in "xy"}, data=jnp.zeros(num_data))
     found = vi.approximate(target, KEY, polish=False)
     assert found.diagnosis.num_draws == num_draws
     assert found.trustworthy

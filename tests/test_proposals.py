@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_info
 import vi_params as vi
 from vi_params._arrays import cholesky, inverse_lower, logsumexp, on_host
 from vi_params.approximation import proposals
-from vi_params.approximation.judge import BATCH, generator, judge_of_guide, judge_of_proposal
+from vi_params.approximation.judge import BATCH, QUICK, generator, judge_of_guide, judge_of_proposal
 from vi_params.approximation.proposals import proposal_of
 from vi_params.guide import Draw
 from vi_params.guides.active_mixture import Across, Parts
@@ -99,8 +99,11 @@ def test_a_proposal_is_its_guide(make):
         assert np.all(np.abs(one.mean(0) - other.mean(0)) < 4.5 * error)
 
 
-def test_both_ways_to_judge_agree():
-    """By draws on the host and by a program: k-hat, evidence and effective draws are alike."""
+@pytest.mark.parametrize("quick", [QUICK, 10**6])
+def test_both_ways_to_judge_agree(monkeypatch, quick):
+    """By draws on the host, in large or small blocks, and by a program: k-hat, evidence and
+    effective draws are alike, and log ratios belong to their draws."""
+    monkeypatch.setattr("vi_params.approximation.judge.QUICK", quick)
     data = TARGET.data
     guide = vi.guides.contaminated_normal(TARGET)
     values = {"loc": 1.0 - jnp.log(data), "scale_tril": 0.7 * jnp.eye(DIM)}
@@ -109,6 +112,9 @@ def test_both_ways_to_judge_agree():
     drawn, here = judge_of_proposal(TARGET, proposal, params, data, 2 * BATCH)(KEY)
     other, there = judge_of_guide(TARGET, guide, params, data, 2 * BATCH)(KEY)
     assert drawn.latents["x"].shape == other.latents["x"].shape == (2 * BATCH, DIM)
+    log_p = jax.vmap(lambda u: vi.flat(TARGET).log_density(u, {}, data))(drawn.position)
+    distances = np.sum(((drawn.position - values["loc"]) / 0.7) ** 2, axis=1)
+    assert stats.spearmanr(log_p - drawn.log_ratios, -distances).statistic > 0.9999
     np.testing.assert_allclose(here.log_evidence, there.log_evidence, atol=0.1)
     np.testing.assert_allclose(here.ess, there.ess, rtol=0.2)
     np.testing.assert_allclose(here.k_hat, there.k_hat, atol=0.25)

@@ -54,7 +54,7 @@ def lanes_at_once(lanes: int) -> int:
 
 def divisor(number: int, limit: int) -> int:
     """The largest divisor of `number` up to `limit`, at least 1: equal blocks, one program."""
-    return max(n for n in range(1, max(1, min(number, limit)) + 1) if number % n == 0)
+    return next(n for n in range(max(1, min(number, limit)), 0, -1) if number % n == 0)
 
 
 def _is_unsafe(jaxpr: Any) -> bool:

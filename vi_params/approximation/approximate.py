@@ -61,23 +61,23 @@ def approximate(
 ) -> Approximation:
     """A posterior approximation with a verdict, nothing to be tuned.
 
-    Fixed-draw mean-field from several starts, covariances by linear response (in more than 32
-    dimensions from Hessians at eight of the fixed draws), a judgement by Pareto-smoothed importance
-    sampling, its tails widened (`vi.guides.contaminated_normal`, in up to 1000 dimensions); where
-    distinct optima were found, their mixture; where that is not good enough, of one optimum in more
-    than 8 dimensions, a Gaussian whose scales follow two directions
+    Fixed-draw mean-field from several starts, covariances by linear response (in 33 to 1000
+    dimensions from Hessians at eight of the fixed draws, in more along 64 directions), a judgement
+    by Pareto-smoothed importance sampling, its tails widened (`vi.guides.contaminated_normal`, in
+    up to 1000 dimensions); where distinct optima were found, their mixture; where that is not good
+    enough, of one optimum in more than 8 dimensions, a Gaussian whose scales follow two directions
     (`vi.solvers.conditional_gaussian`), in more than 32 dimensions from gradients at 1000 draws,
     which is taken only where it is good and the spread with the heaviest tail has a standard error
     of at most 0.03, or where nothing else is to be trusted; then a mixture of Student-t
-    distributions polished by population Monte Carlo, in all directions in up to 32 dimensions (16
-    components, or 32 where less than a tenth of the draws that they start from are effective) and
+    distributions polished by population Monte Carlo, in all directions in up to 32 dimensions and
     along the most active ones in up to 500, or along those two where three times as many draws of
-    that Gaussian are effective as of linear response. It stops at the first that is good: k-hat
-    below 0.5, a fifth of the draws effective and no spread that other draws might show; for the
-    last two, which gain little more, 0.65 and 35 %, and 0.6 and 40 %. A Gaussian is judged by twice
-    4000 draws, a conditional one that is not yet good enough by twice 8000, a mixture by more; a
-    clear case, k-hat below 0.3 and half of the draws effective, by twice 1000 where densities take
-    long.
+    that Gaussian are effective as of linear response. It has 16 components, or 32 where they are
+    free in all directions and less than a tenth of the draws that it starts from are effective. It
+    stops at the first that is good: k-hat below 0.5, a fifth of the draws effective and no spread
+    that other draws might show; for the last two, which gain little more, 0.65 and 35 %, and 0.6
+    and 40 %. A Gaussian is judged by twice 4000 draws, a conditional one that is not yet good
+    enough by twice 8000, a mixture by more; a clear case, k-hat below 0.3 and half of the draws
+    effective, by twice 1000 where latents and data are more than about 500 numbers.
 
     Trusted is what has a k-hat below 0.7 in two independent judgements, 15 % of the draws effective
     and spreads that show; of several, of those whose log evidence shows that they miss no mass, one

@@ -25,13 +25,14 @@ from vi_params.params import constrain
 from vi_params.target import Target, flat
 
 BATCH = 4000
-"""By how many draws a Gaussian is judged, and at how many at once a log density is computed."""
+"""By how many draws a Gaussian is judged, and at how many at once a quick density is computed."""
 
 FEWER = 1000
-"""At how many at once where that takes long, and by how many a clear case is judged then."""
+"""At how many at once where it takes longer, and by how many a clear case is judged then."""
 
-SHORT = 8
-"""It does not where so many batches fit side by side into what `at_once` thinks of."""
+QUICK = 8
+"""A log density is quick where so many batches fit into the memory side by side (`at_once`): where
+latents and data are up to about 500 numbers."""
 
 
 class Judge(NamedTuple):
@@ -81,16 +82,17 @@ def judge_of_proposal(
 
     def draw(key: jax.Array, num_draws: int) -> tuple[Any, Any, np.ndarray]:
         random, parts = generator(key), []
-        ahead = proposal(random, size)
-        for left in range(num_draws - size, -size, -size):
-            u, log_q = ahead[0].astype(_dtype()), ahead[1]
+        number = num_draws // size  # a part of a block would not be a sample
+        following = proposal(random, size)
+        for i in range(number):
+            u, log_q = following[0].astype(_dtype()), following[1]
             # It runs while the host goes on; several at once could wait for each other (`_over`).
             running = density(own, u, data)
-            if left > 0:
-                ahead = proposal(random, size)
+            if i + 1 < number:
+                following = proposal(random, size)
             latents, log_p = jax.device_get(running)
             parts.append((latents, u, log_p.astype(float) - log_q))
-        return joined(parts, num_draws)
+        return joined(parts, number * size)
 
     return Judge(num_draws, size, draw)
 
@@ -121,7 +123,7 @@ def _density_of(target: Target, data: Any) -> Quick:
 
 def _rows(target: Target, data: Any) -> int:
     """At how many draws the density of a target is computed by one call of the program."""
-    return BATCH if at_once(SHORT * BATCH, target, data) == SHORT * BATCH else FEWER
+    return BATCH if at_once(QUICK * BATCH, target, data) == QUICK * BATCH else FEWER
 
 
 def _density(target: Target, is_short: bool) -> Quick:

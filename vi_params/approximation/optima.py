@@ -14,8 +14,8 @@ TOLERANCE = 0.01
 linear response corrects, are larger."""
 
 HESSIANS = 8
-"""At how many fixed draws linear response has Hessians of many latents: what judges it, and what
-follows it, is not about their last digits."""
+"""At how many fixed draws Hessians are computed for the linear response of many latents: importance
+weights judge its covariances, and what follows corrects them."""
 
 
 def optima(target: Target, key: jax.Array, data: Any, fixed: Any, lanes: int) -> list[Solution]:

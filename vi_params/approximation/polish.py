@@ -21,9 +21,12 @@ from vi_params.solvers.mixture_families import Mixture
 from vi_params.solvers.population_monte_carlo import DF, Population, population
 from vi_params.target import Target, flat
 
-COMPONENTS, MORE_COMPONENTS, FAR = 16, 32, 0.1
-"""How many components the mixture has: more where fewer of the draws that it starts from are
-effective than this share, since one Gaussian is then far from the shape to be followed."""
+COMPONENTS, MORE_COMPONENTS = 16, 32
+"""How many components the mixture has, and how many where its start is far from the posterior."""
+
+FAR = 0.1
+"""It is far where a smaller share of its draws is effective; asked where components are free in all
+directions."""
 
 DRAWS, FEWER_DRAWS = 16000, 8000
 """How many draws a round makes: few components of few draws leave out the neck of a funnel; fewer
@@ -89,8 +92,8 @@ def polish(
     has_directions = "frame" in own  # those of a conditional Gaussian
     num_active = Frame(**own["frame"]).num_active if has_directions else _num_active(target)
     is_far = num_active is None and start.share < FAR
-    number = MORE_COMPONENTS if is_far else COMPONENTS
-    rounds = _rounds(pool, target, begun.guide, num_active, number)
+    num_components = MORE_COMPONENTS if is_far else COMPONENTS
+    rounds = _rounds(pool, target, begun.guide, num_active, num_components)
     num_draws = DRAWS if has_many_latents(target) else FEWER_DRAWS
 
     def judged(now: Mixture) -> Candidate:
@@ -101,7 +104,7 @@ def polish(
     def begin() -> Mixture:
         drawn = start.batches[0]
         position = np.asarray(drawn.position)[resampled(next(keys), drawn.smoothed.log_weights)]
-        first, slopes = position[:number].astype(float), jax.device_get(begun.slopes)
+        first, slopes = position[:num_components].astype(float), jax.device_get(begun.slopes)
         return refit(rounds.begin(own, first, drawn, slopes, np), drawn)
 
     def refit(now: Mixture, drawn: Weighted) -> Mixture:
@@ -152,13 +155,13 @@ def compile_polish(pool: Executor, target: Target, start: Guide) -> None:
 
 
 def _rounds(
-    pool: Executor, target: Target, start: Guide, num_active: int | None, number: int
+    pool: Executor, target: Target, start: Guide, num_active: int | None, num_components: int
 ) -> Population:
-    """What the rounds of so many components are made of, the program that they end with compiled by
-    threads of `pool`."""
-    rounds = population(target, start, number, DF, num_active)
-    with_guard = number + 1
-    compile_params(pool, rounds.guide, with_guard, flat(target).dim, num_active)
+    """What rounds with so many components are made of; threads of `pool` compile the program that
+    they end with."""
+    rounds = population(target, start, num_components, DF, num_active)
+    number = num_components + 1  # and the guard
+    compile_params(pool, rounds.guide, number, flat(target).dim, num_active)
     return rounds
 
 

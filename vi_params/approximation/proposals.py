@@ -25,9 +25,10 @@ from vi_params.solvers.mixture_families import Mixture
 from vi_params.solvers.solution import Solution
 
 Proposal = Callable[[np.random.Generator, int], tuple[np.ndarray, np.ndarray]]
-"""A distribution over unconstrained vectors, `(generator, num_draws) -> (vectors, log densities)`,
-shapes (num_draws, dim), in any order, and (num_draws,): what a vector was made of tells its density
-at no cost."""
+"""A distribution over unconstrained vectors: `(generator, num_draws) -> (vectors, log densities)`,
+shapes (num_draws, dim) and (num_draws,). Only all rows together are a sample: they may be sorted by
+component. Densities are found from what the vectors were made of, without a way back from them, and
+are those before any rounding to float32."""
 
 
 def contaminated_normal(loc: np.ndarray, scale_tril: np.ndarray) -> Proposal:

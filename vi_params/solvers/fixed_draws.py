@@ -49,7 +49,8 @@ class Response(NamedTuple):
     """The second-order expansion of F at a solution.
 
     Attributes:
-        hessian: in (m, w), shape (2 dim, 2 dim).
+        hessian: in (m, w), shape (2 dim, 2 dim); of fewer, rescaled draws where linear response was
+            asked for that.
         scores: the gradients in (m, w) of the losses of single pairs of draws, shape
             (num_draws / 2, 2 dim); their mean is the gradient of F.
         slopes: the gradients of the log density at the draws, shape (num_draws, dim).

@@ -53,11 +53,11 @@ def linear_response(
 ) -> Solution:
     """The Gaussian with the locations of a mean-field solution and linear-response covariances.
 
-    A dense matrix: dim Hessian-vector products for every draw, memory for (2 dim)^2 numbers; or,
-    for many latents, `rank` directions and a diagonal, by conjugate gradients. For a Gaussian
-    target the dense result is exact. Judge it by k-hat (`vi.diagnose`), not by its ELBO: a
-    mean-field scale is fitted to the ELBO, a covariance by linear response is not.
-    `vi.quantity_response` gives the covariances of a few functions alone.
+    A dense matrix: dim Hessian-vector products for every draw, or for `num_hessians` of them,
+    memory for (2 dim)^2 numbers; or, for many latents, `rank` directions and a diagonal, by
+    conjugate gradients. For a Gaussian target the dense result is exact. Judge it by k-hat
+    (`vi.diagnose`), not by its ELBO: a mean-field scale is fitted to the ELBO, a covariance by
+    linear response is not. `vi.quantity_response` gives the covariances of a few functions alone.
 
     Args:
         target: the target that was approximated.
@@ -66,10 +66,10 @@ def linear_response(
             `response` was expanded at them already.)
         rank: None for all covariances; a number for the covariance D (c I + V diag(l) V') D of
             that many directions V, the ones along which mean-field is most too narrow.
-        num_hessians: at how many of the fixed draws at most Hessians are computed, an even number:
-            whole pairs, scaled to a mean square of one; None for all. A few are enough where what
-            follows corrects the covariances. (Not with `rank`; a solution that brings its
-            `response` has that of all.)
+        num_hessians: the largest number of fixed draws at which Hessians are computed, even, since
+            these come in pairs, every coordinate rescaled to mean square one; None for all. A few
+            are enough where what follows corrects the covariances; gradients are those of all.
+            (Not with `rank`. A solution that brings its `response` has Hessians at all draws.)
 
     Returns:
         A `Solution` with a `vi.guides.full_rank` guide (`low_rank` with `rank`).
@@ -80,8 +80,8 @@ def linear_response(
 
     Raises:
         ValueError: the solution is of another family, or has no even number of fixed draws; a
-            rank not among 1 .. dim; `num_hessians` is no even number above zero, or beside
-            `rank`; data that are a batch.
+            rank not among 1 .. dim; `num_hessians` is no even number above zero, or is
+            given together with `rank`; data that are a batch.
         TypeError: `solution` is none, or `num_hessians` no int.
 
     Example:
@@ -97,7 +97,7 @@ def linear_response(
     """
     name = require_mean_field(solution, "linear_response")
     data, target = data_of(target, data), whole(target)
-    _require_pairs(num_hessians, rank)
+    _require_num_hessians(num_hessians, rank)
     if rank is not None:
         rank = checked_rank(rank, flat(target).dim, "linear_response")
         guide, respond = program(build_low_rank, target, name, rank)
@@ -111,8 +111,8 @@ def linear_response(
     return Solution(guide, params, info, solution.noise, slopes=slopes)
 
 
-def _require_pairs(num_hessians: int | None, rank: int | None) -> None:
-    """Raises where Hessians cannot be had at so many draws."""
+def _require_num_hessians(num_hessians: int | None, rank: int | None) -> None:
+    """Raises unless it is None, or an even number without a rank."""
     if num_hessians is None:
         return
     require_count(num_hessians, "num_hessians", "linear_response", least=2)
@@ -120,10 +120,11 @@ def _require_pairs(num_hessians: int | None, rank: int | None) -> None:
         return
     raise ValueError(
         explain(
-            "Hessians are of pairs of draws, and of dense covariances.",
+            "num_hessians counts draws in pairs, and belongs to dense covariances.",
             expected="num_hessians an even number above zero or None; None with rank",
             received=f"num_hessians={num_hessians!r}, rank={rank!r}",
             where="linear_response",
+            hint="make it even, or leave it out where there is a rank",
         )
     )
 
@@ -131,8 +132,8 @@ def _require_pairs(num_hessians: int | None, rank: int | None) -> None:
 def prepared(
     target: Target, name: str, num_hessians: int | None = None
 ) -> tuple[Guide, Quick, Quick]:
-    """The guide, and the programs `(params, draws, data, whether curved) -> Response` and
-    `(params, info, draws, response) -> (params, info, Slopes)`."""
+    """The guide, and the programs `(params, draws, data, whether curved) -> Response`, with so many
+    Hessians, and `(params, info, draws, response) -> (params, info, Slopes)`."""
     return program(_build, target, name, num_hessians)
 
 
@@ -158,27 +159,33 @@ def _build(target: Target, name: str, num_hessians: int | None) -> tuple[Guide, 
             slope = jax.grad(log_density)(m + jnp.exp(w) * e, theta)
             return jnp.concatenate([-slope, -slope * jnp.exp(w) * e - 1.0]), slope
 
-        some = _fewer(draws, num_hessians)
+        few = _fewer(draws, num_hessians)
+        few_at_once = divisor(len(few), at_once)
 
         def column(v: jax.Array) -> jax.Array:
             def product(e: jax.Array) -> jax.Array:
                 return along(lambda x: share(x, e)[0], x, v, unit)
 
-            return over(product, some, divisor(len(some), at_once)).mean(0)
+            return over(product, few, few_at_once).mean(0)
 
         def curvature() -> Response:
             """By draws, or where the density has no second derivative by columns, from differences
             of gradients."""
-            by_draw = expansion(log_density, some, layout.size(data), 0)
-            if exists(by_draw, some, 0):
+            by_draw = expansion(log_density, few, layout.size(data), 0)
+            if exists(by_draw, few, 0):
                 found = by_draw(x, LAST)[2]
-                if some is draws:
+                if few is draws:
                     return found
-                hessian = found.hessian
+                hessian, gradient = found.hessian, found.scores.mean(0)
             else:
                 hessian = lax.map(column, jnp.eye(2 * dim, dtype=x.dtype))
+                gradient = over(lambda e: share(x, e)[0], few, few_at_once).mean(0)
             shares, slopes = over(lambda e: share(x, e), draws, at_once)
-            return Response(hessian, shares.reshape(2, -1, 2 * dim).mean(0), slopes)
+            # The part diag(exp(w) e g) is one at the optimum of all draws, and in the mean over few
+            # can be so negative that the whole is not positive definite: that of all is taken.
+            missing = (shares.mean(0) - gradient).at[:dim].set(0.0)
+            scores = shares.reshape(2, -1, 2 * dim).mean(0)
+            return Response(hessian + jnp.diag(missing), scores, slopes)
 
         def slopes_alone() -> Response:
             dtype, pairs = jnp.result_type(x, draws), len(draws) // 2
@@ -220,10 +227,10 @@ def _build(target: Target, name: str, num_hessians: int | None) -> tuple[Guide, 
 
 
 def _fewer(draws: jax.Array, number: int | None) -> jax.Array:
-    """At most so many of antithetic draws, a half of them from either half, of mean square one in
-    every coordinate."""
+    """The first pairs of antithetic draws (e in the first half, -e in the second), at most `number`
+    draws, rescaled to mean square one in every coordinate."""
     if number is None or number >= len(draws):
         return draws
     half = len(draws) // 2
-    some = jnp.concatenate([draws[: number // 2], draws[half : half + number // 2]])
-    return some / jnp.sqrt(jnp.mean(some**2, axis=0))
+    few = jnp.concatenate([draws[: number // 2], draws[half : half + number // 2]])
+    return few / jnp.sqrt(jnp.mean(few**2, axis=0))

@@ -47,7 +47,7 @@ def refine(
             deviations.
         doublings: how often they are doubled at most.
         rank: as `vi.linear_response` takes it.
-        num_hessians: likewise.
+        num_hessians: as `vi.linear_response` takes it.
 
     Returns:
         The `Solution` of `vi.linear_response`; `len(solution.noise)` is the number of draws and
@@ -56,10 +56,10 @@ def refine(
     Raises:
         ValueError: tolerable <= 0, doublings < 0, `init` is of another family or has no even number
             of fixed draws, a rank not among 1 .. dim, `num_hessians` no even number above zero or
-            beside `rank`, or data that are a batch.
+            together with `rank`, or data that are a batch.
         KeyError: `fixed` or `data` hold unknown names, or `data` lack one.
-        TypeError: `key` is not a typed key, `init` is no `Solution`, or one of them or the data is
-            traced.
+        TypeError: `key` is not a typed key, `init` is no `Solution`, `num_hessians` no int, or key,
+            solution or data are traced.
 
     Example:
         >>> def log_density(values, latents, data):
