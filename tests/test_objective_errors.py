@@ -184,6 +184,13 @@ ERRORS = {
         ValueError,
         ["structure of the data has changed", "{'y': *}", "objective.data"],
     ),
+    "data of a target without": (
+        lambda: vi.solvers.deterministic(
+            vi.target(lambda v, z, d: -(z["z"] ** 2), {"z": vi.Latent()}), KEY, jnp.ones(3)
+        ),
+        ValueError,
+        ["structure of the data has changed", "built without data"],
+    ),
     "restructured data in a step": (
         lambda: vi.svi(with_data(), optax.sgd(0.1)).init(KEY, data=[jnp.ones(3)]),
         ValueError,

@@ -174,9 +174,7 @@ def resolve(owner: Objective | Target, data: Any) -> Any:
         index = {plate: jnp.asarray(rows) for plate, rows in data.index.items()}
         return Batch(resolve(owner, data.data), index)
     data = unmarked(data, owner.plates, owner.sizes)
-    structure = jax.tree.structure(split(owner.data)[0])
-    if structure.num_leaves:
-        require_structure(structure, data)
+    require_structure(jax.tree.structure(split(owner.data)[0]), data)
     return jax.tree.map(strong, data)
 
 
@@ -193,6 +191,8 @@ def require_structure(structure: Any, data: Any) -> None:
     if isinstance(expected, Mapping) and not isinstance(data, Mapping):
         names = ", ".join(f"{name!r}: ..." for name in expected)
         hint = f"name what a loader yields: {{{names}}}, as in objective.data"
+    if not structure.num_leaves:
+        hint = "it was built without data: build it with some, so that its log density sees them"
     raise ValueError(
         explain(
             "The structure of the data has changed.",
