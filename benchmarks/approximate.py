@@ -8,9 +8,8 @@ draws; then with other keys, everything compiled (target and kernel are made in 
 three times, the median; NUTS, whose 8,000 transitions average by themselves, once. NUTS: 4 chains,
 vectorised or sequential, whichever was the faster, 1,000 warm-up steps and 1,000 draws each. Errors
 are the largest over all parameters: of means in reference standard deviations, of log standard
-deviations.
-The reference of a model of this repository is a run of NUTS of 4 chains with 5,000 draws each.
-`trust` is the verdict on the first run; `right` whether errors are below 0.1 and 0.15.
+deviations. The reference of a model of this repository is a run of NUTS of 4 chains with 5,000
+draws each. `trust` is the verdict on the first run; `right` whether errors are below 0.1 and 0.15.
 """
 
 import argparse

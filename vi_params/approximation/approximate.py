@@ -1,6 +1,5 @@
 """The one call for people who do not want to choose."""
 
-import functools
 import itertools
 import math
 from concurrent.futures import Executor
@@ -220,9 +219,11 @@ def _respond(target: Target, key: jax.Array, data: Any, fixed: Any, lanes: int) 
     """A solution with linear response for every distinct optimum, the best first."""
     rank, num_hessians = (None, HESSIANS) if flat(target).dim <= DENSE else (RANK, None)
     first, *others = optima(target, key, data, fixed, lanes)
-    respond = functools.partial(linear_response, target, rank=rank, num_hessians=num_hessians)
     best = refine(target, key, data, init=first, fixed=fixed, rank=rank, num_hessians=num_hessians)
-    return [best, *(respond(one, data) for one in others)]
+    rest = (
+        linear_response(target, one, data, rank=rank, num_hessians=num_hessians) for one in others
+    )
+    return [best, *rest]
 
 
 def _conclude(

@@ -137,6 +137,7 @@ def conditional_gaussian(
                 expected="a key, for gradients at new draws, or no data",
                 received="data without a key",
                 where=WHERE,
+                hint="give a key, or leave the data out: the solution's gradients are of its own",
             )
         )
     if "scale_tril" not in solution.params[name] or (key is None and solution.slopes is None):
