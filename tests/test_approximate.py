@@ -25,12 +25,14 @@ from vi_params.approximation.polish import (
     FAR,
     MORE_COMPONENTS,
     is_stale,
+    num_active_of,
     start_of,
 )
 from vi_params.approximation.proposals import values_of
 from vi_params.approximation.result import _deterministic, resampled
 from vi_params.approximation.tails import Spread, towards_spreads, worst_spread
 from vi_params.importance import Weighted, psis, psis_on_host
+from vi_params.solvers.solution import Slopes
 
 KEY = jax.random.key(0)
 
@@ -451,12 +453,29 @@ def test_draws_are_sorted_by_the_heaviest_tail():
 
 def test_rounds_begin_with_what_is_much_better():
     """With a conditional Gaussian that is to be trusted and has over three times as many effective
-    draws; else with linear response."""
+    draws; else, and in many dimensions, with linear response."""
+    few, many = (
+        vi.target(lambda v, z, d: -0.5 * jnp.sum(z["z"] ** 2), {"z": vi.Latent((number,))})
+        for number in (32, 33)
+    )
     response = tried(0.6, 0.15)
     better = tried(0.6, 0.5)
-    assert start_of(response, better) is better
+    assert start_of(few, response, better) is better
+    assert start_of(many, response, better) is response
     for worse in (tried(0.6, 0.4), tried(0.8, 0.9)):
-        assert start_of(response, worse) is response
+        assert start_of(few, response, worse) is response
+
+
+@pytest.mark.parametrize(("different", "expected"), [(0, 2), (3, 3), (9, 4)])
+def test_directions_of_the_rounds(different, expected):
+    """As many as the gradient of the log ratio is large along, from two to four."""
+    random = np.random.default_rng(0)
+    z = random.standard_normal((2000, 40))
+    scales = np.where(np.arange(40) < different, 1.2, 0.8)
+    slopes = Slopes(z, scales * random.standard_normal((2000, 40)) - z, np.full(2000, 1 / 2000))
+    own = {"loc": np.zeros(40), "scale_tril": np.eye(40)}
+    assert num_active_of(own, slopes) == expected
+    assert num_active_of({"loc": np.zeros(20), "scale_tril": np.eye(20)}, slopes) is None
 
 
 def test_what_is_clear():

@@ -56,7 +56,8 @@ def along_two():
     random = np.random.default_rng(2)
     across = Across(random.standard_normal((3, 3)), np.exp(0.3 * random.standard_normal((3, 3))))
     shifts, log_scales = 0.3 * random.standard_normal((2, 3, 3))
-    frame = Frame(LOC, ROOT, stats.ortho_group.rvs(DIM, random_state=3), shifts, log_scales)
+    rotation, tilts = stats.ortho_group.rvs(DIM, random_state=3), np.array([0.5, 0.0, -0.3])
+    frame = Frame(LOC, ROOT, rotation, shifts, log_scales, tilts)
     along = components(2)
     values = {
         "along": along._asdict(),

@@ -22,7 +22,12 @@ from vi_params.approximation.candidate import (
     with_wide_tails,
 )
 from vi_params.approximation.centring import non_centred, suited
-from vi_params.approximation.conditional import CONDITIONAL, can_condition, conditioned
+from vi_params.approximation.conditional import (
+    CONDITIONAL,
+    can_condition,
+    conditioned,
+    with_gradients,
+)
 from vi_params.approximation.flow import can_flow, flowed
 from vi_params.approximation.judge import BATCH
 from vi_params.approximation.optima import HESSIANS, optima
@@ -179,8 +184,9 @@ def _tried(
     best = start = best_of(candidates)
     if polish and not best.is_enough and len(modes) == 1 and can_condition(target, wide):
         # Under a name of its own: the rounds have the same keys whether it is tried or not.
-        candidates.append(conditioned(target, candidates[0], fold_in_name(key, CONDITIONAL), data))
-        best, start = best_of(candidates), start_of(*candidates)
+        response = with_gradients(target, candidates[0], data)
+        candidates.append(conditioned(target, response, fold_in_name(key, CONDITIONAL), data))
+        best, start = best_of(candidates), start_of(target, response, candidates[1])
     if polish and not best.is_enough and can_polish(target, start):
         candidates.append(polished(pool, target, start, keys, data))
         best = best_of(candidates)

@@ -17,7 +17,7 @@ from vi_params.guides.contaminated import SCALES
 from vi_params.solvers.conditional_gaussian import conditional, conditional_guide
 from vi_params.solvers.fixed_draws import DENSE as RESPONDED_AT_ONCE
 from vi_params.solvers.slopes import slopes_by_response
-from vi_params.solvers.solution import Slopes, Solution
+from vi_params.solvers.solution import Solution
 from vi_params.target import Target, flat
 
 ACTIVE = 2
@@ -55,12 +55,12 @@ def conditioned(target: Target, response: Candidate, key: jax.Array, data: Any) 
 
     Args:
         target: what is approximated.
-        response: the linear response.
+        response: the linear response, `with_gradients`.
         key: a typed random key.
         data: the data.
     """
     start = response.solution
-    found = conditional(values_of(start), _slopes(target, response, data), ACTIVE, np)
+    found = conditional(values_of(start), jax.device_get(start.slopes), ACTIVE, np)
     proposal = mixture(found, None)
     keys = jax.random.split(key, 2 * len(LOOKS))
     for i, num_draws in enumerate(LOOKS):
@@ -79,14 +79,15 @@ def conditioned(target: Target, response: Candidate, key: jax.Array, data: Any) 
     return candidate._replace(solution=solution, is_spare=not shows_well)
 
 
-def _slopes(target: Target, response: Candidate, data: Any) -> Slopes:
-    """Of many latents, gradients at the draws by which the linear response was judged: it took a
-    program that computes them. Of others, those that it has itself."""
+def with_gradients(target: Target, response: Candidate, data: Any) -> Candidate:
+    """The linear response with enough gradients. Of many latents, those at the draws by which it
+    was judged: it took a program that computes them. Of others, it has them itself."""
     if flat(target).dim <= RESPONDED_AT_ONCE:
-        return jax.device_get(response.solution.slopes)
-    drawn = response.batches[0]
+        return response
+    drawn, solution = response.batches[0], response.solution
     weights = drawn.smoothed.log_weights
-    return slopes_by_response(target, response.solution, drawn.position, weights, data, HESSIANS)
+    slopes = slopes_by_response(target, solution, drawn.position, weights, data, HESSIANS)
+    return response._replace(solution=solution._replace(slopes=slopes))
 
 
 def compile_conditional(pool: Executor, target: Target, start: Guide) -> None:

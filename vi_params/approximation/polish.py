@@ -15,10 +15,12 @@ from vi_params.approximation.proposals import compile_params, mixture, params_of
 from vi_params.approximation.result import resampled
 from vi_params.approximation.tails import towards_spreads
 from vi_params.guide import Guide
-from vi_params.guides.frame import Frame
+from vi_params.guides.frame import Frame, unbent
 from vi_params.importance import Weighted
+from vi_params.solvers.active import num_different
 from vi_params.solvers.mixture_families import Mixture
 from vi_params.solvers.population_monte_carlo import DF, Population, population
+from vi_params.solvers.solution import Slopes
 from vi_params.target import Target, flat
 
 COMPONENTS, MORE_COMPONENTS = 16, 32
@@ -35,8 +37,8 @@ are enough for few latents."""
 FREE = 32
 """The largest dimension in which the components are free in all directions."""
 
-ACTIVE = 4
-"""Along how many directions they are free in more dimensions."""
+ACTIVE, MORE_ACTIVE = 2, 4
+"""Along how many directions they are free in more dimensions, at least and at most."""
 
 LARGEST = 500
 """The largest dimension in which a mixture is tried."""
@@ -68,11 +70,11 @@ def can_polish(target: Target, start: Candidate) -> bool:
     return flat(target).dim <= (FREE if is_mixture else LARGEST)
 
 
-def start_of(response: Candidate, conditional: Candidate) -> Candidate:
-    """Which of the two the rounds begin with: directions of their own are better than those of a
-    conditional Gaussian, unless that is much better itself."""
+def start_of(target: Target, response: Candidate, conditional: Candidate) -> Candidate:
+    """Which of the two the rounds begin with: linear response, in many dimensions with directions
+    of their own, else unless the conditional Gaussian is much better."""
     is_much = conditional.is_trustworthy and conditional.share > MUCH * response.share
-    return conditional if is_much else response
+    return conditional if is_much and flat(target).dim <= FREE else response
 
 
 def polish(
@@ -89,8 +91,8 @@ def polish(
     """
     begun = start.solution
     own = values_of(begun)
-    has_directions = "frame" in own  # those of a conditional Gaussian
-    num_active = Frame(**own["frame"]).num_active if has_directions else _num_active(target)
+    slopes = jax.device_get(begun.slopes)
+    num_active = num_active_of(own, slopes)
     is_far = num_active is None and start.share < FAR
     num_components = MORE_COMPONENTS if is_far else COMPONENTS
     rounds = _rounds(pool, target, begun.guide, num_active, num_components)
@@ -104,7 +106,7 @@ def polish(
     def begin() -> Mixture:
         drawn = start.batches[0]
         position = np.asarray(drawn.position)[resampled(next(keys), drawn.smoothed.log_weights)]
-        first, slopes = position[:num_components].astype(float), jax.device_get(begun.slopes)
+        first = position[:num_components].astype(float)
         return refit(rounds.begin(own, first, drawn, slopes, np), drawn)
 
     def refit(now: Mixture, drawn: Weighted) -> Mixture:
@@ -151,7 +153,8 @@ def _settled(
 def compile_polish(pool: Executor, target: Target, start: Guide) -> None:
     """Has compiled, by threads of `pool`, what `polish` needs from a guide on."""
     if flat(target).dim <= LARGEST:
-        _rounds(pool, target, start, _num_active(target), COMPONENTS)
+        num_active = None if flat(target).dim <= FREE else ACTIVE
+        _rounds(pool, target, start, num_active, COMPONENTS)
 
 
 def _rounds(
@@ -165,9 +168,16 @@ def _rounds(
     return rounds
 
 
-def _num_active(target: Target) -> int | None:
-    """Along how many directions the components are free; None for all."""
-    return None if flat(target).dim <= FREE else ACTIVE
+def num_active_of(own: Any, slopes: Slopes) -> int | None:
+    """Along how many directions the components are free, those of a conditional Gaussian where that
+    is what they begin with; None for all."""
+    if "frame" in own:
+        return Frame(**own["frame"]).num_active
+    if "weights" in own or len(own["loc"]) <= FREE:
+        return None
+    loc, scale_tril = own["loc"], own["scale_tril"]
+    frame = unbent(loc, scale_tril, np.eye(len(loc)), ACTIVE, np)
+    return min(max(num_different(frame, slopes, np), ACTIVE), MORE_ACTIVE)
 
 
 def is_stale(shares: list[float]) -> bool:

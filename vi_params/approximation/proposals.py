@@ -120,7 +120,8 @@ def compile_params(
     components = Components(array(number), array(number, along), array(number, along, along))
     across = Across(array(number, dim - along), array(number, dim - along))
     square, bend = array(dim, dim), array(1 + along, dim - along)
-    frame = None if num_active is None else Frame(array(dim), square, square, bend, bend)
+    frame = Frame(array(dim), square, square, bend, bend, array(dim - along))
+    frame = None if num_active is None else frame
     program(_params, guide).ahead(pool, Mixture(Parts(components, across), frame).values)
 
 

@@ -17,15 +17,15 @@ BLOCK = 2**22
 SUSPECTS = 32
 """For how many numbers the tail is fitted: those whose variance owes most to one draw."""
 
-HEAVY = 0.75
-"""The k-hat of a second moment above which its standard error cannot be relied on: it takes more
-than 10^(1 / (1 - k-hat)), or 10,000, draws to estimate it (Vehtari et al., 2024)."""
+HEAVY = 0.7
+"""The k-hat of a second moment above which its standard error cannot be relied on (Vehtari et al.,
+2024)."""
 
 ERROR, HEAVY_ERROR = 0.045, 0.03
 """The largest standard error of the logarithm of a standard deviation: three of them are less than
 0.15; and the largest where the tail is that heavy, and the true error may be several times it."""
 
-MANY, DRAWN_ERROR = 4000, 0.075
+MANY, DRAWN_ERROR = 4000, ERROR
 """The largest standard error of one that is computed from so many draws of the posterior itself."""
 
 

@@ -81,7 +81,7 @@ def active_mixture(
         init_scale: where its scales start, a positive number in unconstrained units.
         name: the name of the parameters `{"along": {"weights", "locs", "scale_trils"}, "across":
             {"locs", "scales"}, "frame": {"loc", "scale_tril", "rotation", "shifts",
-            "log_scales"}}`; the rotation must stay orthogonal.
+            "log_scales", "tilts"}}`; the rotation must stay orthogonal.
 
     Returns:
         A `Guide`.
@@ -137,6 +137,7 @@ def active_mixture(
                 "rotation": Param(np.eye(dim)),
                 "shifts": Param(np.zeros((1 + num_active, rest))),
                 "log_scales": Param(np.zeros((1 + num_active, rest))),
+                "tilts": Param(np.zeros(rest)),
             },
         }
     }

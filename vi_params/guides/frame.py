@@ -1,14 +1,18 @@
 """Coordinates along and across a few directions of a Gaussian, which may bend.
 
 Those of N(loc, C C'), turned by an orthogonal Q whose first columns are the active directions, are
-(a, c) = Q' C^-1 (u - loc). Across, what is given a is normal with a mean and scales that follow a:
+(a, c) = Q' C^-1 (u - loc). Across, what is given a has a mean and scales that follow a, and may be
+skewed:
 
-    y = (a, (c - m(a)) / s(a)),   log s = l_0 + a l_1,   m = s^2 (h_0 + a h_1).
+    c = m(a) + s(a) T(b),   log s = l_0 + a l_1,   m = s^2 (h_0 + a h_1),   y = (a, b),
 
-With l_1 = 0 that is a Gaussian over all; else it has necks like those of funnels. Tan, Bhaskaran
-and Nott (2020), Conditionally structured variational Gaussian approximation with importance
-weights, Statistics and Computing 30, let conditional covariances of local latents depend on global
-ones so.
+T the sinh-arcsinh transform of its tilt (`sinh_arcsinh`). With l_1 = 0 and no tilt what is normal
+in y is normal over all; l_1 makes necks like those of funnels, tilts make the skewed latents of
+counts. Tan, Bhaskaran and Nott (2020), Conditionally structured variational Gaussian approximation
+with importance weights, Statistics and Computing 30, let conditional covariances of local latents
+depend on global ones so; Smith, Loaiza-Maya and Nott (2020), High-dimensional copula variational
+approximation through transformation, Journal of Computational and Graphical Statistics 29, skew a
+Gaussian's coordinates by a transform of each.
 """
 
 from typing import Any, NamedTuple
@@ -17,6 +21,7 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
 from vi_params._arrays import exact, inverse_lower
+from vi_params.guides.sinh_arcsinh import log_slope, straightened, tilted
 
 REACH = 5.0
 """Beyond so many standard deviations along, what is across follows no further."""
@@ -31,6 +36,7 @@ class Frame(NamedTuple):
         rotation: Q, shape (dim, dim), orthogonal.
         shifts: h, rows for 1 and each coordinate of a, shape (1 + num_active, dim - num_active).
         log_scales: l, likewise.
+        tilts: of T, shape (dim - num_active,).
     """
 
     loc: Any
@@ -38,6 +44,7 @@ class Frame(NamedTuple):
     rotation: Any
     shifts: Any
     log_scales: Any
+    tilts: Any
 
     @property
     def num_active(self) -> int:
@@ -45,9 +52,13 @@ class Frame(NamedTuple):
         return self.shifts.shape[0] - 1
 
     def bends(self, xp: Any = jnp) -> bool:
-        """Whether anything across follows what is along: on the host that is known, and straight
-        coordinates cost nothing more."""
-        return xp is jnp or bool(self.shifts.any() or self.log_scales.any())
+        """Whether anything across follows what is along, or is skewed: on the host that is known,
+        and straight coordinates cost nothing more."""
+        return xp is jnp or bool(self.shifts.any() or self.log_scales.any() or self.is_tilted(xp))
+
+    def is_tilted(self, xp: Any = jnp) -> bool:
+        """Whether anything is skewed."""
+        return xp is jnp or bool(self.tilts.any())
 
     def across(self, a: Any, xp: Any = jnp) -> tuple[Any, Any]:
         """The means and the log scales across, at coordinates along or at rows of them."""
@@ -61,6 +72,8 @@ class Frame(NamedTuple):
         if self.bends(xp):
             a, rest = y[..., : self.num_active], y[..., self.num_active :]
             mean, log_scales = self.across(a, xp)
+            if self.is_tilted(xp):
+                rest = tilted(rest, self.tilts, xp)
             z = xp.concatenate([a, mean + xp.exp(log_scales) * rest], axis=-1)
         if z.ndim == 1:  # of many rows, one product of matrices
             return self.loc + exact(self.scale_tril, exact(self.rotation, z, xp), xp)
@@ -74,6 +87,8 @@ class Frame(NamedTuple):
         a = z[..., : self.num_active]
         mean, log_scales = self.across(a, xp)
         rest = (z[..., self.num_active :] - mean) * xp.exp(-log_scales)
+        if self.is_tilted(xp):
+            rest = straightened(rest, self.tilts, xp)
         return xp.concatenate([a, rest], axis=-1)
 
     def straight(self, u: Any, xp: Any = jnp) -> Any:
@@ -89,13 +104,17 @@ class Frame(NamedTuple):
         straight = xp.sum(xp.log(xp.diagonal(self.scale_tril)))
         if not self.bends(xp):
             return straight
-        return straight + xp.sum(self.across(y[..., : self.num_active], xp)[1], axis=-1)
+        a, rest = y[..., : self.num_active], y[..., self.num_active :]
+        log_slopes = self.across(a, xp)[1]
+        if self.is_tilted(xp):
+            log_slopes = log_slopes + log_slope(rest, self.tilts, xp)
+        return straight + xp.sum(log_slopes, axis=-1)
 
 
 def unbent(loc: Any, scale_tril: Any, rotation: Any, num_active: int, xp: Any = jnp) -> Frame:
-    """The coordinates in which nothing follows."""
+    """The coordinates in which nothing follows, or is skewed."""
     nothing = xp.zeros((1 + num_active, len(loc) - num_active), loc.dtype)
-    return Frame(loc, scale_tril, rotation, nothing, nothing)
+    return Frame(loc, scale_tril, rotation, nothing, nothing, nothing[0])
 
 
 def linear(a: Any, xp: Any = jnp) -> Any:

@@ -16,12 +16,23 @@ def active_directions(frame: Frame, slopes: Slopes, num_active: int, xp: Any = j
     g = C' grad log p(u) + z; the directions are the leading eigenvectors of E[g g'] over the
     places where it is known.
     """
-    z, gradient, weights = scores(frame, slopes, xp)
-    g = gradient + z
-    vectors = xp.linalg.eigh((weights[:, None] * g).T @ g)[1]
+    vectors = xp.linalg.eigh(_second_moments(frame, slopes, xp))[1]
     # The rest of the axes follow, made orthogonal to the directions.
     axes = xp.concatenate([vectors[:, -num_active:], frame.rotation], axis=1)
     return xp.linalg.qr(axes)[0]
+
+
+def num_different(frame: Frame, slopes: Slopes, xp: Any = jnp) -> int:
+    """Along how many directions g is larger than the gradient of the Gaussian itself, E z^2 = 1:
+    the Gaussian tells little of the target there."""
+    return int(xp.sum(xp.linalg.eigvalsh(_second_moments(frame, slopes, xp)) > 1))
+
+
+def _second_moments(frame: Frame, slopes: Slopes, xp: Any) -> Any:
+    """E[g g']."""
+    z, gradient, weights = scores(frame, slopes, xp)
+    g = gradient + z
+    return (weights[:, None] * g).T @ g
 
 
 def scores(frame: Frame, slopes: Slopes, xp: Any = jnp) -> tuple[Any, Any, Any]:

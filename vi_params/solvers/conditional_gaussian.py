@@ -1,57 +1,28 @@
-"""A Gaussian given a few directions, from gradients of the log density.
+"""A Gaussian given a few directions, from gradients of the log density (`conditional_frame`)."""
 
-In units of a Gaussian (`Frame`), let the coordinates c across the directions be normal given those
-along, a, as the frame has them:
-
-    d log q / dc_j = -t_j(a) c_j + h_0j + a h_1j,   t_j(a) = s_j(a)^-2 = exp(-2 (l_0j + a l_1j)).
-
-Where the gradient g of the log density is known that is a regression, coordinate by coordinate:
-score matching (Hyvarinen, 2005, Estimation of non-normalized statistical models by score matching,
-JMLR 6) with the scores themselves at hand, their errors counted in the units of the model,
-
-    sum_i w_i (g_ij - d log q / dc_j)^2 / t_j(a_i),
-
-as in the weighted Fisher divergence of batch-and-match (Cai et al., 2024), with 1 / t as the last
-step of Gauss-Newton left it: as part of what is minimised it would reward large t. A model that is
-normal given a few of its latents, as many hierarchies are given their scales, is found from few
-gradients, with little of the noise of weighted draws.
-"""
-
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from vi_params._arrays import exact, repeated
 from vi_params._cache import program
 from vi_params._check import explain, require_count, require_instance, require_key
 from vi_params._compile import Quick
-from vi_params._tree import all_finite, pick, where_tree
+from vi_params._tree import pick
 from vi_params.guide import Guide
 from vi_params.guides import active_mixture, contaminated_normal
 from vi_params.guides.active_mixture import Across, Parts
 from vi_params.guides.contaminated import SCALES, WEIGHTS
-from vi_params.guides.frame import Frame, linear, unbent
 from vi_params.guides.location_scale import require_gaussian
 from vi_params.guides.mixture import Components
 from vi_params.importance import at_once, weigh
 from vi_params.params import constrain, unconstrain
-from vi_params.solvers.active import active_directions, scores
+from vi_params.solvers.conditional_frame import conditional_frame
 from vi_params.solvers.mixture_families import Mixture
 from vi_params.solvers.slopes import GRADIENTS, slopes_at
 from vi_params.solvers.solution import Slopes, Solution, own_name
 from vi_params.solvers.start import data_of
 from vi_params.target import Target, flat, whole
-
-RIDGE = 0.001
-"""What the Gaussian itself, l = 0 and h = 0, counts for, as a share of all gradients."""
-
-LEAST, STEEPEST = 0.2, 1.0
-"""The smallest precision t where a = 0, and the largest slope l_1 of a log scale."""
-
-STEPS, LONGEST = 6, 1.0
-"""How many steps are made, and how far each coefficient of a log precision moves in one."""
 
 WHERE = "solvers.conditional_gaussian"
 
@@ -67,7 +38,8 @@ def conditional_gaussian(
 ) -> Solution:
     """A Gaussian whose mean and scales across a few directions follow them.
 
-    For hierarchies, whose scales stretch many latents at once: what linear response leaves out.
+    For hierarchies, whose scales stretch many latents at once, and where the data of each latent
+    are few counts, which skew it: what linear response leaves out.
     Without a key it is found from the gradients that this has at its fixed draws, and no density is
     evaluated; in hundreds of dimensions those are few. With a key it is found from gradients at new
     draws of the solution, widened (`vi.guides.contaminated_normal`), by a power of their importance
@@ -166,8 +138,6 @@ def conditional(own: Any, slopes: Slopes, num_active: int, xp: Any = jnp) -> Mix
     host."""
     loc, scale_tril = require_gaussian(own, f"{WHERE}, solution")
     dtype, rest = loc.dtype, len(loc) - num_active
-    frame = unbent(loc, scale_tril, xp.eye(len(loc), dtype=dtype), num_active, xp)
-    frame = frame._replace(rotation=active_directions(frame, slopes, num_active, xp))
     scales = xp.asarray(SCALES, dtype)
     along = Components(
         xp.asarray(WEIGHTS, dtype),
@@ -175,41 +145,8 @@ def conditional(own: Any, slopes: Slopes, num_active: int, xp: Any = jnp) -> Mix
         scales[:, None, None] * xp.eye(num_active, dtype=dtype),
     )
     across = xp.zeros((len(SCALES), rest), dtype)
-    return Mixture(Parts(along, Across(across, xp.ones_like(across))), bent(frame, slopes, xp))
-
-
-def bent(frame: Frame, slopes: Slopes, xp: Any = jnp) -> Frame:
-    """The frame with the means and scales across that the gradients ask for."""
-    z, gradient, weights = scores(frame, slopes, xp)
-    num_active = frame.num_active
-    terms, c, g = linear(z[:, :num_active], xp), z[:, num_active:], gradient[:, num_active:]
-    num = terms.shape[1]
-    products = (weights[:, None, None] * terms[:, :, None] * terms[:, None]).reshape(-1, num * num)
-
-    def block(factor: Any) -> Any:
-        return exact(factor.T, products, xp).reshape(-1, num, num)
-
-    def step(found: tuple[Any, Any]) -> tuple[Any, Any]:
-        """Of Gauss-Newton, for (-2 l, h)."""
-        log_t, h = found
-        t = xp.exp(exact(terms, log_t, xp))
-        error = g + t * c - exact(terms, h, xp)
-        squares, cross, ones = block(t * c**2), block(-c), block(1 / t)
-        top, bottom = xp.concatenate([squares, cross], 2), xp.concatenate([cross, ones], 2)
-        left = xp.concatenate([top, bottom], 1) + RIDGE * xp.eye(2 * num, dtype=c.dtype)
-        weighted = weights[:, None] * terms
-        right = [exact(side.T, weighted, xp) for side in (-c * error, error / t)]
-        right = xp.concatenate(right, axis=1) - RIDGE * xp.concatenate([log_t, h]).T
-        moved = xp.linalg.solve(left, right[:, :, None])[:, :, 0].T
-        log_t = log_t + xp.clip(moved[:num], -LONGEST, LONGEST)
-        level = xp.maximum(log_t[:1], math.log(LEAST))
-        steepness = xp.clip(log_t[1:], -2 * STEEPEST, 2 * STEEPEST)
-        return xp.concatenate([level, steepness]), h + moved[num:]
-
-    blank = xp.zeros((num, c.shape[1]), c.dtype)
-    log_t, shifts = repeated(STEPS, step, (blank, blank), xp)
-    found = frame._replace(shifts=shifts, log_scales=-0.5 * log_t)
-    return where_tree(all_finite(found, xp=xp), found, frame, xp)
+    frame = conditional_frame(loc, scale_tril, slopes, num_active, xp)
+    return Mixture(Parts(along, Across(across, xp.ones_like(across))), frame)
 
 
 def _build(target: Target, start: Guide, num_active: int, num_draws: int) -> tuple[Guide, Quick]:

@@ -16,12 +16,12 @@ from vi_params._tree import all_finite, where_tree
 from vi_params.guide import Guide
 from vi_params.guides import active_mixture, mixture
 from vi_params.guides.active_mixture import Across, Parts
-from vi_params.guides.frame import Frame, unbent
+from vi_params.guides.frame import Frame
 from vi_params.guides.location_scale import require_gaussian
 from vi_params.guides.mixture import Components, log_terms
 from vi_params.importance import Smoothed
 from vi_params.params import unconstrain
-from vi_params.solvers.active import active_directions
+from vi_params.solvers.conditional_frame import conditional_frame
 from vi_params.solvers.solution import Slopes, own_name
 from vi_params.solvers.weighted_em import moments, prior_draws
 from vi_params.target import Target
@@ -64,7 +64,7 @@ class Family(NamedTuple):
     Attributes:
         guide: the mixture, its guard included.
         begin: `(constrained parameters of the start, draws, slopes, xp) -> Mixture` of a component
-            about each of these draws, no guard yet. `Slopes` are what directions come from.
+            about each of these draws, no guard yet. `Slopes` are what a frame comes from.
         params: `Mixture -> params`, the guide's own.
     """
 
@@ -109,14 +109,13 @@ def everywhere(own: Any, chosen: Any, df: int, where: str, xp: Any) -> Mixture:
 
 def along_few(own: Any, chosen: Any, slopes: Any, num_active: int, where: str, xp: Any) -> Mixture:
     """Components about some draws, along the directions in which a target differs most from a
-    Gaussian, or those of an `active_mixture` and in its frame."""
+    Gaussian and in the frame of its conditional Gaussian, or in that of an `active_mixture`."""
     if "frame" in own:
         frame = Frame(**own["frame"])
         require_directions(frame, num_active, where)
     else:
         loc, scale_tril = require_gaussian(own, f"{where}, with num_active")
-        frame = unbent(loc, scale_tril, xp.eye(loc.size, dtype=loc.dtype), num_active, xp)
-        frame = frame._replace(rotation=active_directions(frame, slopes, num_active, xp))
+        frame = conditional_frame(loc, scale_tril, slopes, num_active, xp)
     dim, dtype = frame.loc.size, frame.loc.dtype
     locs = frame.coordinates(chosen, xp)[:, :num_active]
     scale_trils = SPREAD * xp.tile(xp.eye(num_active, dtype=dtype), (len(chosen), 1, 1))

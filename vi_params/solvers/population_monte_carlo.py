@@ -29,7 +29,7 @@ from vi_params.solvers.mixture_families import (
     without_guard,
 )
 from vi_params.solvers.slopes import GRADIENTS, slopes_at
-from vi_params.solvers.solution import Slopes, Solution, SolverInfo, SolverStatus
+from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus
 from vi_params.solvers.start import data_of
 from vi_params.solvers.weighted_em import weighted_em
 from vi_params.target import Target
@@ -71,11 +71,11 @@ def population_monte_carlo(
             `num_active`, one by `vi.solvers.conditional_gaussian`.
         num_components: of the mixture, beside the guard.
         num_active: along how many directions the components are free; None for all. Across them
-            they are normal, with locations and scales of their own. The directions are the leading
-            eigenvectors of E[g g'], g the gradient of the log ratio of posterior and Gaussian: at
-            the fixed draws of `init` where it is a dense linear response, for its data; else at
-            draws by a power of their weights. Those of a conditional Gaussian, and how what is
-            across follows them, stay as they are.
+            they have locations and scales of their own. The directions are the leading
+            eigenvectors of E[g g'], g the gradient of the log ratio of posterior and Gaussian, at
+            draws by a power of their weights; how what is across follows them, and is skewed, these
+            gradients tell, too, as for `vi.solvers.conditional_gaussian`. The directions of a
+            conditional Gaussian, and what it has across, stay as they are.
         df: the components' degrees of freedom, a whole number.
         num_draws: draws a round, at least 25.
         max_steps: how many rounds at most; they end earlier where k-hat is below 0.5 and more than
@@ -116,7 +116,7 @@ def population_monte_carlo(
     guide, solve = program(
         _build, target, init.guide, num_components, num_active, df, num_draws, max_steps
     )
-    params, info = solve(init.params, key, data, init.slopes)
+    params, info = solve(init.params, key, data)
     return Solution(guide, params, info, jnp.zeros((0, 0)))
 
 
@@ -189,9 +189,7 @@ def _build(
     (name,) = start.declared
 
     @Quick
-    def solve(
-        start_params: Any, key: jax.Array, data: Any, slopes: Slopes | None
-    ) -> tuple[Any, SolverInfo]:
+    def solve(start_params: Any, key: jax.Array, data: Any) -> tuple[Any, SolverInfo]:
         keys = jax.random.split(key, max_steps + 2)
         model = pick(start_params, target.declared)
 
@@ -215,7 +213,8 @@ def _build(
         drawn = drawn_from(start, start_params, keys[0])
         weights = drawn.smoothed.log_weights
         own = constrain(start.declared, pick(start_params, start.declared))[name]
-        if num_active is not None and "frame" not in own and slopes is None:
+        slopes = None
+        if num_active is not None and "frame" not in own:
             values = constrain(target.declared, model)
             few = slice(GRADIENTS)
             slopes = slopes_at(target, values, drawn.position[few], weights[few], data)

@@ -29,11 +29,15 @@ from vi_params._tree import all_finite, where_tree
 from vi_params.guides.active_mixture import Across, Parts, log_normals
 from vi_params.guides.mixture import Components, log_elliptical, log_weights
 
-SWEEPS = 3
-"""How many sweeps are made."""
+SWEEPS = 2
+"""How many sweeps are made: more of them follow the noise of few effective draws."""
 
 RARE = 1e-3
 """A component of less weight than this stays where it is."""
+
+BEFORE = 4.0
+"""For how many draws a direction it counts, along, that a component has the covariance that it had:
+the first rounds have hardly one effective draw for every number of a covariance."""
 
 PRIOR, PRIOR_PER_SCALE = 10.0, 0.5
 """For how many draws it counts that, across, a component is the standard normal: for at least so
@@ -90,9 +94,9 @@ def weighted_em(now: Parts, y: Any, weights: Any, df: int, xp: Any = jnp) -> Par
             weight = xp.sum(rho)
             effective = weight**2 / xp.sum(rho**2)
             covariance = scatter / weight
-            kept = xp.minimum(1.0, num_active / effective)
+            known = effective / (effective + BEFORE * num_active)
             before = old.along.scale_trils @ old.along.scale_trils.T
-            root = cholesky((1 - kept) * covariance + kept * before, xp)
+            root = cholesky(known * covariance + (1 - known) * before, xp)
 
             known = effective / (effective + prior)
             centre = known * b_sum / weight
