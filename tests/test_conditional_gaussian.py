@@ -11,7 +11,7 @@ import vi_params as vi
 from vi_params._compile import Quick
 from vi_params.approximation.candidate import judge_of, with_wide_tails
 from vi_params.approximation.candidate import judged as candidate_of
-from vi_params.approximation.conditional import LOOKS, conditioned
+from vi_params.approximation.conditional import LOOKS, conditioned, with_gradients
 from vi_params.approximation.optima import HESSIANS
 from vi_params.guides.frame import REACH, Frame, unbent
 from vi_params.guides.sinh_arcsinh import log_slope, straightened, tilted
@@ -89,9 +89,9 @@ def test_straight_coordinates_on_the_host():
 @pytest.mark.parametrize("xp", [np, jnp])
 @pytest.mark.parametrize("own", [True, False])
 def test_it_is_found_from_gradients(own, xp):
-    """From the scores of a frame, at its own draws or at those of the Gaussian, this comes back, as
-    far as the Gaussian that it is drawn towards lets it; a gradient that is not finite does not
-    count."""
+    """From the scores of a frame without tilts, at its own draws or at those of the Gaussian, this
+    comes back, as far as the Gaussian that it is drawn towards lets it; a gradient that is not
+    finite does not count."""
     random = np.random.default_rng(1)
     z = random.standard_normal((400, DIM))
     terms = np.column_stack([np.ones(400), z[:, :GIVEN]])
@@ -147,6 +147,15 @@ def test_counts_of_many_latents():
     assert after.ess > 2 * before.ess
     assert after.k_hat < 0.7
     np.testing.assert_allclose(after.log_evidence, 0.0, atol=0.05)
+
+
+def test_nothing_is_left_across():
+    """With as many directions as dimensions the frame stays as it is."""
+    straight = unbent(*FRAME[:3], DIM, np)
+    slopes = Slopes(np.ones((30, DIM)), np.ones((30, DIM)), np.full(30, 1 / 30))
+    for xp in (np, jnp):
+        found = bent(*jax.tree.map(xp.asarray, (straight, slopes)), xp)
+        jax.tree.map(np.testing.assert_allclose, found, jax.tree.map(xp.asarray, straight))
 
 
 def test_nothing_follows_a_gaussian():
@@ -229,14 +238,14 @@ def test_rounds_go_on_from_it():
     begun = vi.solvers.conditional_gaussian(target, start, num_active=1)
     rounds = {"num_active": 1, "max_steps": 3}
     found = vi.solvers.population_monte_carlo(target, KEY, init=begun, **rounds)
-    straight = vi.solvers.population_monte_carlo(target, KEY, init=start, **rounds)
+    from_gaussian = vi.solvers.population_monte_carlo(target, KEY, init=start, **rounds)
     frames = [vi.constrain(x.guide.declared, x.params)["guide"]["frame"] for x in (begun, found)]
     for leaf, kept in zip(*map(jax.tree.leaves, frames), strict=True):
         np.testing.assert_allclose(leaf, kept, rtol=1e-4, atol=1e-6)
     after = judged(target, found)
     assert after.k_hat < 0.7
     np.testing.assert_allclose(after.log_evidence, 0.0, atol=0.05)
-    assert after.ess > 1.5 * max(judged(target, one).ess for one in (begun, straight))
+    assert after.ess > 1.5 * max(judged(target, one).ess for one in (begun, from_gaussian))
 
 
 @pytest.mark.parametrize("number", [30, 300])
@@ -294,6 +303,9 @@ def test_what_is_not_enough_is_looked_at_again(monkeypatch):
     solution = with_wide_tails(target, gaussian_of(target, HESSIANS))
     keys = iter(jax.random.split(KEY, 8))
     response = candidate_of("response", solution, judge_of(target, solution, None), keys)
+    assert len(response.solution.slopes.weights) < 100
+    response = with_gradients(target, response, None)
+    assert len(response.solution.slopes.weights) == 1000
     enough = conditioned(target, response, KEY, None)
     assert enough.diagnosis.num_draws == LOOKS[0]
     assert enough.is_enough

@@ -16,7 +16,7 @@ from vi_params.guides.mixture import Components
 from vi_params.importance import Weighted, pick_draws, psis_on_host, weigh
 from vi_params.solvers.population_monte_carlo import population
 from vi_params.solvers.solution import Slopes
-from vi_params.solvers.weighted_em import weighted_em
+from vi_params.solvers.weighted_em import SWEEPS, weighted_em
 
 KEY = jax.random.key(0)
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
@@ -211,6 +211,20 @@ def test_draws_of_an_active_mixture_and_em_on_them():
     np.testing.assert_allclose(parts.across.scales, SPREADS, rtol=0.05)
 
 
+def test_a_covariance_that_few_draws_speak_for_stays_what_it_was():
+    """A sweep sets it to n / (n + 4 dim) of that of n draws, and the rest of what it was."""
+    u = stats.norm.rvs(size=(6, 2), random_state=3)
+    now = Parts(
+        Components(np.ones(1), np.zeros((1, 2)), 3 * np.eye(2)[None]),
+        Across(np.zeros((1, 0)), np.ones((1, 0))),
+    )
+    expected = 9 * np.eye(2)
+    for _ in range(SWEEPS):
+        expected = 6 / 14 * np.cov(u.T, bias=True) + 8 / 14 * expected
+    (root,) = weighted_em(now, u, np.full(6, 1 / 6), 10**9, np).along.scale_trils
+    np.testing.assert_allclose(root @ root.T, expected, rtol=1e-5)
+
+
 def bent(values, latents, data):
     """Many latents: one bends another and stretches the rest; log evidence 0."""
     z = latents["z"]
@@ -230,6 +244,11 @@ def test_population_monte_carlo_along_few_directions():
     assert after.k_hat < 0.7
     assert after.ess > 1.5 * before.ess
     assert before.log_evidence < -0.1
+    # Gradients at the draws of linear response are too few to be asked for.
+    other = vi.solvers.population_monte_carlo(
+        target, KEY, init=start._replace(slopes=None), num_active=2, max_steps=8
+    )
+    jax.tree.map(np.testing.assert_array_equal, other.params, found.params)
     np.testing.assert_allclose(after.log_evidence, 0.0, atol=0.1)
     draws = vi.resample(target, found.guide, found.params, KEY, 64_000)["z"]
     np.testing.assert_allclose(draws[:, :2].mean(0), [0.0, 0.4], atol=0.08)

@@ -69,26 +69,27 @@ def approximate(
     dimensions from Hessians at eight of the fixed draws, in more along 64 directions), a judgement
     by Pareto-smoothed importance sampling, its tails widened (`vi.guides.contaminated_normal`, in
     up to 1000 dimensions); where distinct optima were found, their mixture; where that is not good
-    enough, of one optimum in more than 8 dimensions, a Gaussian whose scales follow two directions
-    (`vi.solvers.conditional_gaussian`), in more than 32 dimensions from gradients at 1000 draws,
-    which is taken only where it is good and the spread with the heaviest tail has a standard error
-    of at most 0.03, or where nothing else is to be trusted; then a mixture of Student-t
-    distributions polished by population Monte Carlo, in all directions in up to 32 dimensions and
-    along the most active ones in up to 500, or along those two where three times as many draws of
-    that Gaussian are effective as of linear response. It has 16 components, or 32 where they are
-    free in all directions and less than a tenth of the draws that it starts from are effective. It
-    stops at the first that is good: k-hat below 0.5, a fifth of the draws effective and no spread
-    that other draws might show; for the last two, which gain little more, 0.65 and 35 %, and 0.6
-    and 40 %. A Gaussian is judged by twice 4000 draws, a conditional one that is not yet good
-    enough by twice 8000, a mixture by more; a clear case, k-hat below 0.3 and half of the draws
-    effective, by twice 1000 where latents and data are more than about 500 numbers.
+    enough, of one optimum in more than 8 dimensions, a Gaussian whose scales follow two directions,
+    skewed across them (`vi.solvers.conditional_gaussian`), in more than 32 dimensions from
+    gradients at 1000 draws, which is taken only where it is good and the spread with the heaviest
+    tail has a standard error of at most 0.03, or where nothing else is to be trusted; then a
+    mixture of Student-t distributions polished by population Monte Carlo: in up to 32 dimensions in
+    all directions, or along those two where three times as many draws of that Gaussian are
+    effective as of linear response; in up to 500 along two to four, across which it is conditional
+    as well. It has 16 components, or 32 where they are free in all directions and less than a tenth
+    of the draws that it starts from are effective. It stops at the first that is good: k-hat below
+    0.5, a fifth of the draws effective and no spread that other draws might show; for the last two,
+    which gain little more, 0.65 and 35 %, and 0.6 and 40 %. A Gaussian is judged by twice 4000
+    draws, a conditional one that is not yet good enough by twice 8000, a mixture by more; a clear
+    case, k-hat below 0.3 and half of the draws effective, by twice 1000 where latents and data are
+    more than about 500 numbers.
 
     Trusted is what has a k-hat below 0.7 in two independent judgements, 15 % of the draws effective
     and spreads that show; of several, of those whose log evidence shows that they miss no mass, one
     whose spreads show before others, and then the most effective, a k-hat above 0.5 counted against
     it. The spread of a latent shows where the standard error of the logarithm of its standard
-    deviation is at most 0.045, or 0.03 if the k-hat of its second moment exceeds 0.75, and where
-    its kurtosis is such that 4000 draws of the posterior itself have it with at most 0.075. Where a
+    deviation is at most 0.045, or 0.03 if the k-hat of its second moment exceeds 0.7, and where
+    its kurtosis is such that 4000 draws of the posterior itself have it with at most 0.045. Where a
     trusted mixture does not show one, up to two more rounds fit it to what second moments depend
     on.
 
@@ -182,11 +183,13 @@ def _tried(
         name = f"{len(modes)} optima merged"
         candidates.append(judged(name, merged, judge_of(target, merged, data), keys))
     best = start = best_of(candidates)
-    if polish and not best.is_enough and len(modes) == 1 and can_condition(target, wide):
-        # Under a name of its own: the rounds have the same keys whether it is tried or not.
-        response = with_gradients(target, candidates[0], data)
-        candidates.append(conditioned(target, response, fold_in_name(key, CONDITIONAL), data))
-        best, start = best_of(candidates), start_of(target, response, candidates[1])
+    if polish and not best.is_enough and can_condition(target, best.solution):
+        response = best = start = with_gradients(target, best, data)
+        if len(modes) == 1:
+            # Under a name of its own: the rounds have the same keys whether it is tried or not.
+            named = fold_in_name(key, CONDITIONAL)
+            candidates = [response, conditioned(target, response, named, data)]
+            best, start = best_of(candidates), start_of(target, *candidates)
     if polish and not best.is_enough and can_polish(target, start):
         candidates.append(polished(pool, target, start, keys, data))
         best = best_of(candidates)

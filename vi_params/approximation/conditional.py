@@ -1,4 +1,5 @@
-"""What follows where a Gaussian is not good enough: one whose scales follow a few directions."""
+"""What follows where a Gaussian is not good enough: one whose scales follow a few directions,
+skewed across them."""
 
 from concurrent.futures import Executor
 from typing import Any

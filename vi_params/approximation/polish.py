@@ -57,7 +57,8 @@ PATIENCE, GAIN = 4, 1.1
 factor."""
 
 MUCH = 3.0
-"""Rounds go on from a conditional Gaussian with more than so many times as many effective draws."""
+"""In up to `FREE` dimensions rounds go on from a conditional Gaussian with more than so many times
+as many effective draws."""
 
 POLISHED = "population Monte Carlo"
 """What the polished mixture is called."""
@@ -71,8 +72,8 @@ def can_polish(target: Target, start: Candidate) -> bool:
 
 
 def start_of(target: Target, response: Candidate, conditional: Candidate) -> Candidate:
-    """Which of the two the rounds begin with: linear response, in many dimensions with directions
-    of their own, else unless the conditional Gaussian is much better."""
+    """Which of the two the rounds begin with: linear response, unless in few dimensions the
+    conditional Gaussian is much better. In many dimensions they are conditional by themselves."""
     is_much = conditional.is_trustworthy and conditional.share > MUCH * response.share
     return conditional if is_much and flat(target).dim <= FREE else response
 
@@ -151,7 +152,7 @@ def _settled(
 
 
 def compile_polish(pool: Executor, target: Target, start: Guide) -> None:
-    """Has compiled, by threads of `pool`, what `polish` needs from a guide on."""
+    """Has compiled, by threads of `pool`, what `polish` is likely to need from a guide on."""
     if flat(target).dim <= LARGEST:
         num_active = None if flat(target).dim <= FREE else ACTIVE
         _rounds(pool, target, start, num_active, COMPONENTS)
@@ -168,16 +169,16 @@ def _rounds(
     return rounds
 
 
-def num_active_of(own: Any, slopes: Slopes) -> int | None:
+def num_active_of(own: Any, slopes: Slopes | None) -> int | None:
     """Along how many directions the components are free, those of a conditional Gaussian where that
     is what they begin with; None for all."""
     if "frame" in own:
         return Frame(**own["frame"]).num_active
-    if "weights" in own or len(own["loc"]) <= FREE:
+    if "weights" in own or len(own["loc"]) <= FREE or slopes is None:
         return None
     loc, scale_tril = own["loc"], own["scale_tril"]
     frame = unbent(loc, scale_tril, np.eye(len(loc)), ACTIVE, np)
-    return min(max(num_different(frame, slopes, np), ACTIVE), MORE_ACTIVE)
+    return min(max(num_different(frame, slopes), ACTIVE), MORE_ACTIVE)
 
 
 def is_stale(shares: list[float]) -> bool:

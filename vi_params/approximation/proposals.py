@@ -120,8 +120,9 @@ def compile_params(
     components = Components(array(number), array(number, along), array(number, along, along))
     across = Across(array(number, dim - along), array(number, dim - along))
     square, bend = array(dim, dim), array(1 + along, dim - along)
-    frame = Frame(array(dim), square, square, bend, bend, array(dim - along))
-    frame = None if num_active is None else frame
+    frame = None
+    if num_active is not None:
+        frame = Frame(array(dim), square, square, bend, bend, array(dim - along))
     program(_params, guide).ahead(pool, Mixture(Parts(components, across), frame).values)
 
 

@@ -1,4 +1,4 @@
-"""Mixtures along a few directions of a Gaussian, normal across them.
+"""Mixtures along a few directions of a Gaussian, normal or skewed across them.
 
 In the coordinates y of a Gaussian, those along the active directions before those across
 (`Frame`),
@@ -9,8 +9,8 @@ In many dimensions a posterior often departs from a Gaussian along few direction
 of the log ratio of both: the leading eigenvectors of E[g g'], g its gradient in y (Constantine,
 2015, Active Subspaces, section 3.1; Zahm, Cui, Law, Spantini and Marzouk, 2022, Certified dimension
 reduction in nonlinear Bayesian inverse problems, Mathematics of Computation 91). What lies across
-them may still follow along: the frame may bend, and every component has a place and scales of its
-own there.
+them may still follow along, or be skewed: the frame may bend and tilt, and every component has a
+place and scales of its own there.
 """
 
 import math
@@ -67,7 +67,8 @@ def active_mixture(
     init_scale: float = 0.1,
     name: str = "guide",
 ) -> Guide:
-    """A mixture along a few directions in unconstrained coordinates, normal across them.
+    """A mixture along a few directions in unconstrained coordinates, normal across them in a frame
+    that may bend and be skewed.
 
     Like `vi.guides.mixture` its draws have no gradient: `vi.solvers.population_monte_carlo` with
     `num_active` finds directions and components.

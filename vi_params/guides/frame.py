@@ -1,4 +1,4 @@
-"""Coordinates along and across a few directions of a Gaussian, which may bend.
+"""Coordinates along and across a few directions of a Gaussian, which may bend and be skewed.
 
 Those of N(loc, C C'), turned by an orthogonal Q whose first columns are the active directions, are
 (a, c) = Q' C^-1 (u - loc). Across, what is given a has a mean and scales that follow a, and may be
@@ -36,7 +36,7 @@ class Frame(NamedTuple):
         rotation: Q, shape (dim, dim), orthogonal.
         shifts: h, rows for 1 and each coordinate of a, shape (1 + num_active, dim - num_active).
         log_scales: l, likewise.
-        tilts: of T, shape (dim - num_active,).
+        tilts: e of T, shape (dim - num_active,).
     """
 
     loc: Any

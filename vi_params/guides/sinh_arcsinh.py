@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-STEEPEST = 1.0
+LARGEST = 1.0
 """The largest tilt."""
 
 
@@ -55,7 +55,7 @@ def skewness(tilt: Any, xp: Any = jnp) -> Any:
 
 
 def tilt_of(third: Any, xp: Any = jnp) -> Any:
-    """The tilt that has a skewness, or the steepest one where none has."""
+    """The tilt that has a skewness, or the largest one where none has."""
     return xp.interp(third, *(xp.asarray(table, third.dtype) for table in (SKEWNESSES, TILTS)))
 
 
@@ -65,6 +65,6 @@ def _standard(tilt: Any, xp: Any) -> tuple[Any, Any]:
     return MEAN * sinh, xp.sqrt(cosh**2 + VARIANCE * sinh**2)
 
 
-TILTS = np.linspace(-STEEPEST, STEEPEST, 201)
+TILTS = np.linspace(-LARGEST, LARGEST, 201)
 SKEWNESSES = skewness(TILTS, np)
 """What `tilt_of` reads: it grows with the tilt."""

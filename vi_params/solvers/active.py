@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from vi_params._arrays import exact
 from vi_params.guides.frame import Frame
@@ -22,10 +23,15 @@ def active_directions(frame: Frame, slopes: Slopes, num_active: int, xp: Any = j
     return xp.linalg.qr(axes)[0]
 
 
-def num_different(frame: Frame, slopes: Slopes, xp: Any = jnp) -> int:
+def num_different(frame: Frame, slopes: Slopes) -> int:
     """Along how many directions g is larger than the gradient of the Gaussian itself, E z^2 = 1:
-    the Gaussian tells little of the target there."""
-    return int(xp.sum(xp.linalg.eigvalsh(_second_moments(frame, slopes, xp)) > 1))
+    the Gaussian tells little of the target there. On the host; the directions are those of every
+    other place, their E g^2 that of the rest: eigenvalues of few places are too large."""
+    odd, even = (Slopes(*(part[i::2] for part in slopes)) for i in (1, 0))
+    vectors = np.linalg.eigh(_second_moments(frame, odd, np))[1]
+    seen = _second_moments(frame, even, np)
+    along = np.sum(vectors * (seen @ vectors), axis=0) / np.sum(even.weights)
+    return int(np.sum(along > 1))
 
 
 def _second_moments(frame: Frame, slopes: Slopes, xp: Any) -> Any:

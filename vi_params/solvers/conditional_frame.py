@@ -1,4 +1,4 @@
-"""Coordinates in which a density is normal given a few directions, from its gradients.
+"""Coordinates in which a density is normal, from its gradients: given a few directions, or skewed.
 
 In units of a Gaussian (`Frame`), let the coordinates c across the directions be normal given those
 along, a, as the frame has them:
@@ -29,7 +29,7 @@ import jax.numpy as jnp
 
 from vi_params._arrays import exact, repeated
 from vi_params._tree import all_finite, where_tree
-from vi_params.guides.frame import REACH, Frame, linear, unbent
+from vi_params.guides.frame import Frame, linear, unbent
 from vi_params.guides.sinh_arcsinh import tilt_of
 from vi_params.solvers.active import active_directions, scores
 from vi_params.solvers.solution import Slopes
@@ -39,6 +39,9 @@ RIDGE = 0.001
 
 LEAST, STEEPEST = 0.2, 1.0
 """The smallest precision t where a = 0, and the largest slope l_1 of a log scale."""
+
+NEAR = 5.0
+"""Only gradients at a coordinate within so many standard deviations tell of its skewness."""
 
 STEPS, LONGEST = 6, 1.0
 """How many steps are made, and how far each coefficient of a log precision moves in one."""
@@ -95,9 +98,9 @@ def bent(frame: Frame, slopes: Slopes, xp: Any = jnp) -> Frame:
 
 
 def _third(b: Any, gradient: Any, weights: Any, xp: Any) -> Any:
-    """The third derivative k of the log density along each coordinate, shape (dim,): the gradient
-    has the part k (b^2 - 1) / 2 beside what is linear in b."""
-    inside = weights[:, None] * (xp.abs(b) < REACH)
+    """The third derivative k of the log density along each coordinate, shape (dim - num_active,):
+    the gradient has the part k (b^2 - 1) / 2 beside what is linear in b."""
+    inside = weights[:, None] * (xp.abs(b) < NEAR)
     terms = xp.stack([xp.ones_like(b), b, 0.5 * (b**2 - 1)])
     left = xp.einsum("inj,knj,nj->jik", terms, terms, inside)
     right = xp.einsum("inj,nj->ji", terms, inside * (gradient + b))

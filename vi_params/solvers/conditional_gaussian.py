@@ -1,4 +1,5 @@
-"""A Gaussian given a few directions, from gradients of the log density (`conditional_frame`)."""
+"""A Gaussian given a few directions, or skewed, from gradients of the log density
+(`conditional_frame`)."""
 
 from typing import Any
 
@@ -36,7 +37,7 @@ def conditional_gaussian(
     num_active: int = 2,
     num_draws: int = GRADIENTS,
 ) -> Solution:
-    """A Gaussian whose mean and scales across a few directions follow them.
+    """A Gaussian whose mean and scales across a few directions follow them, and that may be skewed.
 
     For hierarchies, whose scales stretch many latents at once, and where the data of each latent
     are few counts, which skew it: what linear response leaves out.

@@ -7,9 +7,10 @@ gamma_ik = rho_ik (df + dim a) / (df + |L_k^-1 (a_i - m_k)|^2), a sweep sets
     m_k = sum_i w_i gamma_ik a_i / sum_i w_i gamma_ik
     L_k L_k' = sum_i w_i gamma_ik (a_i - m_k)(a_i - m_k)' / w_k
 
-and, where there are coordinates b across, n_k and s_k^2 to their mean and variances under
-w_i rho_ik / w_k. Cappe, Douc, Guillin, Marin and Robert (2008), Adaptive importance sampling in
-general mixture classes, Statistics and Computing 18, sections 3 and 4.
+and, where there are coordinates b across, n_k and s_k^2 to their mean and variances under w_i
+rho_ik / w_k; covariances are drawn towards those before, and what is across towards the standard
+normal, as few draws speak for them. Cappe, Douc, Guillin, Marin and Robert (2008), Adaptive
+importance sampling in general mixture classes, Statistics and Computing 18, sections 3 and 4.
 
 On the host, in float64, squared distances and covariances come from the products of the coordinates
 of a_i, in which they are linear and which are made once: what is left of a sweep are products of
@@ -94,9 +95,9 @@ def weighted_em(now: Parts, y: Any, weights: Any, df: int, xp: Any = jnp) -> Par
             weight = xp.sum(rho)
             effective = weight**2 / xp.sum(rho**2)
             covariance = scatter / weight
-            known = effective / (effective + BEFORE * num_active)
+            learnt = effective / (effective + BEFORE * num_active)
             before = old.along.scale_trils @ old.along.scale_trils.T
-            root = cholesky(known * covariance + (1 - known) * before, xp)
+            root = cholesky(learnt * covariance + (1 - learnt) * before, xp)
 
             known = effective / (effective + prior)
             centre = known * b_sum / weight
