@@ -472,7 +472,7 @@ def test_directions_of_the_rounds(different, expected):
     """As many as the gradient of the log ratio is large along, from two to four."""
     random = np.random.default_rng(0)
     z = random.standard_normal((2000, 40))
-    scales = np.where(np.arange(40) < different, 1.2, 0.8)
+    scales = np.where(np.arange(40) < different, 1.2, 0.7)
     slopes = Slopes(z, scales * random.standard_normal((2000, 40)) - z, np.full(2000, 1 / 2000))
     own = {"loc": np.zeros(40), "scale_tril": np.eye(40)}
     assert num_active_of(own, slopes) == expected

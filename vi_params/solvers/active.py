@@ -9,6 +9,9 @@ from vi_params._arrays import exact
 from vi_params.guides.frame import Frame
 from vi_params.solvers.solution import Slopes
 
+LARGE = 0.7
+"""The E g^2 above which `num_different` counts a direction."""
+
 
 def active_directions(frame: Frame, slopes: Slopes, num_active: int, xp: Any = jnp) -> Any:
     """An orthogonal matrix whose first columns are the active directions of log p - log q.
@@ -24,14 +27,14 @@ def active_directions(frame: Frame, slopes: Slopes, num_active: int, xp: Any = j
 
 
 def num_different(frame: Frame, slopes: Slopes) -> int:
-    """Along how many directions g is larger than the gradient of the Gaussian itself, E z^2 = 1:
-    the Gaussian tells little of the target there. On the host; the directions are those of every
-    other place, their E g^2 that of the rest: eigenvalues of few places are too large."""
+    """Along how many directions g is about as large as the gradient of the Gaussian itself, E z^2 =
+    1, or larger: that tells little of the target there. On the host; the directions are those of
+    every other place, their E g^2 that of the rest: eigenvalues of few places are too large."""
     odd, even = (Slopes(*(part[i::2] for part in slopes)) for i in (1, 0))
     vectors = np.linalg.eigh(_second_moments(frame, odd, np))[1]
     seen = _second_moments(frame, even, np)
     along = np.sum(vectors * (seen @ vectors), axis=0) / np.sum(even.weights)
-    return int(np.sum(along > 1))
+    return int(np.sum(along > LARGE))
 
 
 def _second_moments(frame: Frame, slopes: Slopes, xp: Any) -> Any:
