@@ -568,6 +568,8 @@ def test_one_of_two_batches_can_be_lucky():
     """The worst of two batches counts, by standard error and k-hat together."""
     assert Spread("x", 0.9, 0.02).is_shown
     assert not Spread("x", 0.8, 0.04).is_shown
+    assert not Spread("x", 0.81, 0.025).is_shown
+    assert Spread("x", 0.79, 0.025).is_shown
     assert not Spread("x", 0.72, 0.04).is_shown
     assert Spread("x", 0.69, 0.04).is_shown
     assert not Spread("x", 0.4, 0.05).is_shown

@@ -88,10 +88,10 @@ def approximate(
     and spreads that show; of several, of those whose log evidence shows that they miss no mass, one
     whose spreads show before others, and then the most effective, a k-hat above 0.5 counted against
     it. The spread of a latent shows where the standard error of the logarithm of its standard
-    deviation is at most 0.045, or 0.03 if the k-hat of its second moment exceeds 0.7, and where
-    its kurtosis is such that 4000 draws of the posterior itself have it with at most 0.045. Where a
-    trusted mixture does not show one, up to two more rounds fit it to what second moments depend
-    on.
+    deviation is at most 0.045, or 0.03 if the k-hat of its second moment exceeds 0.7, 0.02 if it
+    exceeds 0.8, and where its kurtosis is such that 4000 draws of the posterior itself have it with
+    at most 0.045. Where a trusted mixture does not show one, up to two more rounds fit it to what
+    second moments depend on.
 
     Hierarchies of NumPyro programs are approximated in partially centred coordinates where
     `vi.recentred` has them; how far each latent is centred, a pilot decides by how much the data

@@ -17,11 +17,11 @@ BLOCK = 2**22
 SUSPECTS = 32
 """For how many numbers the tail is fitted: those whose variance owes most to one draw."""
 
-HEAVY = 0.7
-"""The k-hat of a second moment above which its standard error cannot be relied on (Vehtari et al.,
+HEAVY, HEAVIER = 0.7, 0.8
+"""The k-hats of a second moment above which its standard error cannot be relied on (Vehtari et al.,
 2024)."""
 
-ERROR, HEAVY_ERROR = 0.045, 0.03
+ERROR, HEAVY_ERROR, HEAVIER_ERROR = 0.045, 0.03, 0.02
 """The largest standard error of the logarithm of a standard deviation: three of them are less than
 0.15; and the largest where the tail is that heavy, and the true error may be several times it."""
 
@@ -68,7 +68,9 @@ class Spread(NamedTuple):
     @property
     def is_estimated(self) -> bool:
         """Whether these draws, with their weights, tell it."""
-        return self.error <= (ERROR if self.k_hat <= HEAVY else HEAVY_ERROR)
+        if self.k_hat <= HEAVY:
+            return self.error <= ERROR
+        return self.error <= (HEAVY_ERROR if self.k_hat <= HEAVIER else HEAVIER_ERROR)
 
     @property
     def can_be_shown(self) -> bool:
