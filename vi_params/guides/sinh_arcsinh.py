@@ -22,7 +22,9 @@ def _moments() -> tuple[float, float, float, float]:
     weights, root = weights / weights.sum(), np.sqrt(1 + z**2)
     mean = weights @ root
     rest = root - mean
-    return mean, weights @ rest**2, weights @ (z**2 * rest), weights @ rest**3
+    found = mean, weights @ rest**2, weights @ (z**2 * rest), weights @ rest**3
+    mean, variance, mixed, third = map(float, found)
+    return mean, variance, mixed, third
 
 
 MEAN, VARIANCE, MIXED, THIRD = _moments()
