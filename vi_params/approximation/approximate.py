@@ -1,7 +1,6 @@
 """The one call for people who do not want to choose."""
 
 import itertools
-import math
 from concurrent.futures import Executor
 from typing import Any
 
@@ -35,12 +34,12 @@ from vi_params.approximation.polish import can_polish, start_of
 from vi_params.approximation.polish import polish as polished
 from vi_params.approximation.result import Approximation
 from vi_params.approximation.tails import heaviest
+from vi_params.approximation.verdict import verdict
 from vi_params.diagnostics import check
-from vi_params.diagnostics.diagnose import threshold
 from vi_params.solvers.linear_response import linear_response
 from vi_params.solvers.merge import merge
 from vi_params.solvers.refine import refine
-from vi_params.solvers.solution import Solution, SolverInfo, SolverStatus
+from vi_params.solvers.solution import Solution
 from vi_params.solvers.start import data_of
 from vi_params.target import Target, flat, recentring, whole
 
@@ -184,7 +183,7 @@ def _tried(
         candidates.append(judged(name, merged, judge_of(target, merged, data), keys))
     best = start = best_of(candidates)
     if polish and not best.is_enough and can_condition(target, best.solution):
-        response = best = start = with_gradients(target, best, data)
+        response = start = with_gradients(target, best, data)
         if len(modes) == 1:
             # Under a name of its own: the rounds have the same keys whether it is tried or not.
             named = fold_in_name(key, CONDITIONAL)
@@ -255,40 +254,13 @@ def _conclude(
         diagnosis=best.diagnosis,
         trustworthy=best.is_trustworthy and best.is_shown,
         resampled=best.is_trustworthy,
-        verdict=_verdict(best, candidates[0].solution.info),
+        verdict=verdict(best, candidates[0].solution.info),
         table=Table(("approximation", "k-hat", "ESS %", "log evidence"), rows),
         target=target,
         coordinates=coordinates,
         data=data,
         judge=best.judge,
         sorted_by=heaviest(best.batches[0]) if best.is_trustworthy else None,
-    )
-
-
-def _verdict(best: Candidate, first: SolverInfo) -> str:
-    k_hat, limit = float(best.diagnosis.k_hat), threshold(int(best.diagnosis.num_draws))
-    found = f"{best.name}: k-hat {k_hat:.2f}, {100 * best.share:.0f} % of the draws effective"
-    spread = best.spread
-    if best.is_trustworthy and best.is_shown:
-        return f"Trust this ({found}); draws are importance-resampled."
-    if best.is_trustworthy and spread is not None:
-        return (
-            f"Do not trust this ({found}): draws like these do not show the spread of "
-            f"{spread.name}: {spread}. Use quantiles, or MCMC with many draws; .nuts_start(key) "
-            "gives it starting points and a mass matrix. Draws are importance-resampled."
-        )
-    if math.isnan(k_hat):
-        reason = "the log density is not finite at some draws; vi.check(target, key) looks at it"
-    elif k_hat < limit:
-        reason = "too few draws count, or tails were not reached"
-    else:
-        reason = "the tail of the importance weights is too heavy"
-    told = ""
-    if int(first.status) != SolverStatus.CONVERGED:
-        told = f" The solver it began with: {first.message}."
-    return (
-        f"Do not trust this ({found}): {reason}. Use MCMC; .nuts_start(key) gives it starting "
-        f"points and a mass matrix. Draws are the guide's own, not resampled.{told}"
     )
 
 

@@ -20,7 +20,6 @@ from vi_params.importance import Weighted
 from vi_params.solvers.active import num_different
 from vi_params.solvers.mixture_families import Mixture
 from vi_params.solvers.population_monte_carlo import DF, Population, population
-from vi_params.solvers.solution import Slopes
 from vi_params.target import Target, flat
 
 COMPONENTS, MORE_COMPONENTS = 16, 32
@@ -169,12 +168,12 @@ def _rounds(
     return rounds
 
 
-def num_active_of(own: Any, slopes: Slopes | None) -> int | None:
+def num_active_of(own: Any, slopes: Any) -> int | None:
     """Along how many directions the components are free, those of a conditional Gaussian where that
-    is what they begin with; None for all."""
+    is what they begin with; None for all. Above `FREE` dimensions a Gaussian has `Slopes`."""
     if "frame" in own:
         return Frame(**own["frame"]).num_active
-    if "weights" in own or len(own["loc"]) <= FREE or slopes is None:
+    if "weights" in own or len(own["loc"]) <= FREE:
         return None
     loc, scale_tril = own["loc"], own["scale_tril"]
     frame = unbent(loc, scale_tril, np.eye(len(loc)), ACTIVE, np)

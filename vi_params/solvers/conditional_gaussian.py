@@ -40,13 +40,13 @@ def conditional_gaussian(
     """A Gaussian whose mean and scales across a few directions follow them, and that may be skewed.
 
     For hierarchies, whose scales stretch many latents at once, and where the data of each latent
-    are few counts, which skew it: what linear response leaves out.
-    Without a key it is found from the gradients that this has at its fixed draws, and no density is
-    evaluated; in hundreds of dimensions those are few. With a key it is found from gradients at new
-    draws of the solution, widened (`vi.guides.contaminated_normal`), by a power of their importance
-    weights. Along the directions, those in which posterior and Gaussian differ most, it is a
-    contaminated normal. Whether it is the better approximation, `vi.diagnose` tells;
-    `vi.solvers.population_monte_carlo` goes on from it.
+    are few counts, which skew it: what linear response leaves out. Without a key it is found from
+    the gradients that this has at its fixed draws, and no density is evaluated; in hundreds of
+    dimensions those are few. With a key it is found from gradients at new draws of the solution,
+    widened (`vi.guides.contaminated_normal`), by a power of their importance weights. Along the
+    directions, those in which posterior and Gaussian differ most, it is a contaminated normal.
+    Whether it is the better approximation, `vi.diagnose` tells; `vi.solvers.population_monte_carlo`
+    goes on from it.
 
     Tan, Bhaskaran and Nott (2020), Conditionally structured variational Gaussian approximation with
     importance weights, Statistics and Computing 30, learn such a family by stochastic gradients.
