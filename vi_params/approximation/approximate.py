@@ -29,6 +29,7 @@ from vi_params.approximation.conditional import (
 )
 from vi_params.approximation.flow import can_flow, flowed
 from vi_params.approximation.judge import BATCH
+from vi_params.approximation.nested import NESTED, can_nest, nested
 from vi_params.approximation.optima import HESSIANS, optima
 from vi_params.approximation.polish import can_polish, start_of
 from vi_params.approximation.polish import polish as polished
@@ -189,7 +190,15 @@ def _tried(
             named = fold_in_name(key, CONDITIONAL)
             candidates = [response, conditioned(target, response, named, data)]
             best, start = best_of(candidates), start_of(target, *candidates)
-    if polish and not best.is_enough and can_polish(target, start):
+    if polish and not best.is_enough and can_nest(target):
+        others = candidates[len(modes) > 1 :] if len(modes) > 1 else []
+        found = nested(pool, target, candidates[0], others, fold_in_name(key, NESTED), data)
+        candidates += found
+        best = best_of(candidates)
+        is_done = any(one.is_trustworthy and one.is_shown for one in found)
+    else:
+        is_done = False
+    if polish and not best.is_enough and not is_done and can_polish(target, start):
         candidates.append(polished(pool, target, start, keys, data))
         best = best_of(candidates)
     if flow and not best.is_trustworthy and can_flow(candidates[0]):

@@ -93,7 +93,7 @@ def with_gradients(target: Target, response: Candidate, data: Any) -> Candidate:
 
 def compile_conditional(pool: Executor, target: Target, start: Guide) -> None:
     """Has compiled, by threads of `pool`, what `conditioned` needs after a guide."""
-    compile_params(pool, _guide(target, start), len(SCALES), flat(target).dim, ACTIVE)
+    compile_params(pool, _guide(target, start))
 
 
 def _guide(target: Target, start: Guide) -> Guide:

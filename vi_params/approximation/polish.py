@@ -15,7 +15,7 @@ from vi_params.approximation.proposals import compile_params, mixture, params_of
 from vi_params.approximation.result import resampled
 from vi_params.approximation.tails import towards_spreads
 from vi_params.guide import Guide
-from vi_params.guides.frame import Frame, unbent
+from vi_params.guides.frame import frame_of, unbent
 from vi_params.importance import Weighted
 from vi_params.solvers.active import num_different
 from vi_params.solvers.mixture_families import Mixture
@@ -78,7 +78,12 @@ def start_of(target: Target, response: Candidate, conditional: Candidate) -> Can
 
 
 def polish(
-    pool: Executor, target: Target, start: Candidate, keys: Iterator[jax.Array], data: Any
+    pool: Executor,
+    target: Target,
+    start: Candidate,
+    keys: Iterator[jax.Array],
+    data: Any,
+    reframed: Callable[[Mixture, Weighted], Mixture] | None = None,
 ) -> Candidate:
     """The best mixture of some rounds of population Monte Carlo, judged by fresh draws.
 
@@ -88,6 +93,8 @@ def polish(
         start: what it starts from.
         keys: random keys.
         data: the data.
+        reframed: makes a better frame for a mixture from its weighted draws; a start that has one
+            has few directions, along which fewer draws are enough.
     """
     begun = start.solution
     own = values_of(begun)
@@ -96,12 +103,13 @@ def polish(
     is_far = num_active is None and start.share < FAR
     num_components = MORE_COMPONENTS if is_far else COMPONENTS
     rounds = _rounds(pool, target, begun.guide, num_active, num_components)
-    num_draws = DRAWS if has_many_latents(target) else FEWER_DRAWS
+    num_draws = DRAWS if has_many_latents(target) and reframed is None else FEWER_DRAWS
+    name = POLISHED if reframed is None else f"{start.name}, polished"
 
     def judged(now: Mixture) -> Candidate:
         judge = judge_of_proposal(target, mixture(now, DF), begun.params, data, num_draws)
         # The mixture becomes its solution at the end; another batch must confirm what is good.
-        return once(POLISHED, begun, judge, next(keys), ENOUGH)
+        return once(name, begun, judge, next(keys), ENOUGH)
 
     def begin() -> Mixture:
         drawn = start.batches[0]
@@ -110,7 +118,7 @@ def polish(
         return refit(rounds.begin(own, first, drawn, slopes, np), drawn)
 
     def refit(now: Mixture, drawn: Weighted) -> Mixture:
-        return rounds.refit(now, drawn, np)
+        return rounds.refit(now if reframed is None else reframed(now, drawn), drawn, np)
 
     now, found = _settled(begin(), judged, refit)
     for _ in range(WIDENED):
@@ -163,8 +171,7 @@ def _rounds(
     """What rounds with so many components are made of; threads of `pool` compile the program that
     they end with."""
     rounds = population(target, start, num_components, DF, num_active)
-    number = num_components + 1  # and the guard
-    compile_params(pool, rounds.guide, number, flat(target).dim, num_active)
+    compile_params(pool, rounds.guide)
     return rounds
 
 
@@ -172,7 +179,7 @@ def num_active_of(own: Any, slopes: Any) -> int | None:
     """Along how many directions the components are free, those of a conditional Gaussian where that
     is what they begin with; None for all. Above `FREE` dimensions a Gaussian has `Slopes`."""
     if "frame" in own:
-        return Frame(**own["frame"]).num_active
+        return frame_of(own["frame"]).num_active
     if "weights" in own or len(own["loc"]) <= FREE:
         return None
     loc, scale_tril = own["loc"], own["scale_tril"]

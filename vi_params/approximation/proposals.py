@@ -18,11 +18,14 @@ from vi_params._tree import pick
 from vi_params.guide import Guide
 from vi_params.guides.active_mixture import Across, Parts, part_terms
 from vi_params.guides.contaminated import SCALES, WEIGHTS
-from vi_params.guides.frame import Frame
+from vi_params.guides.frame import frame_of
 from vi_params.guides.mixture import Components, log_elliptical
-from vi_params.params import constrain, unconstrain
+from vi_params.params import constrain, init_params, unconstrain
 from vi_params.solvers.mixture_families import Mixture
 from vi_params.solvers.solution import Solution
+
+KEY = jax.eval_shape(lambda: jax.random.key(0))
+"""Of a random key, what programs are compiled for."""
 
 Proposal = Callable[[np.random.Generator, int], tuple[np.ndarray, np.ndarray]]
 """A distribution over unconstrained vectors: `(generator, num_draws) -> (vectors, log densities)`,
@@ -71,6 +74,26 @@ def mixture(found: Mixture, df: int | None) -> Proposal:
     return draw
 
 
+def log_density_of(solution: Solution, df: int | None) -> Callable[[np.ndarray], np.ndarray]:
+    """The log density over rows of unconstrained vectors of a mixture, of normals or of Student-t
+    distributions."""
+    values = values_of(solution)
+    if "frame" in values:
+        along, across = Components(**values["along"]), Across(**values["across"])
+        found = Mixture(Parts(along, across), frame_of(values["frame"]))
+    else:
+        along = Components(**values)
+        nothing = np.zeros((len(along.weights), 0))
+        found = Mixture(Parts(along, Across(nothing, nothing)), None)
+
+    def log_density(u: np.ndarray) -> np.ndarray:
+        y = found.coordinates(u, np)
+        log_q = logsumexp(part_terms(found.parts, y, df, np), xp=np)
+        return log_q if found.frame is None else log_q - found.frame.log_det(y, np)
+
+    return log_density
+
+
 def proposal_of(solution: Solution) -> Proposal | None:
     """That of a solution of this pipeline: of the contaminated normal with its default parts, or of
     a mixture of normals; None where its parameters are those of another family."""
@@ -107,23 +130,12 @@ def params_of(guide: Guide, found: Mixture) -> dict[str, Any]:
     return program(_params, guide)(found.values)
 
 
-def compile_params(
-    pool: Executor, guide: Guide, number: int, dim: int, num_active: int | None
-) -> None:
-    """Has the program of `params_of` compiled by a thread of `pool`, for so many components, of
-    vectors of so many coordinates, free along so many directions; None for all."""
-    along, dtype = num_active or dim, jax.dtypes.canonicalize_dtype(float)
-
-    def array(*shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    components = Components(array(number), array(number, along), array(number, along, along))
-    across = Across(array(number, dim - along), array(number, dim - along))
-    square, bend = array(dim, dim), array(1 + along, dim - along)
-    frame = None
-    if num_active is not None:
-        frame = Frame(array(dim), square, square, bend, bend, array(dim - along))
-    program(_params, guide).ahead(pool, Mixture(Parts(components, across), frame).values)
+def compile_params(pool: Executor, guide: Guide) -> None:
+    """Has the program of `params_of` compiled by a thread of `pool`."""
+    declared = guide.declared
+    values = jax.eval_shape(lambda key: constrain(declared, init_params(declared, key)), KEY)
+    (name,) = declared
+    program(_params, guide).ahead(pool, values[name])
 
 
 def _params(guide: Guide) -> Quick:

@@ -24,7 +24,7 @@ from numpyro.distributions import constraints
 from vi_params._arrays import exact, logsumexp
 from vi_params._check import explain, require_count
 from vi_params.guide import Draw, Guide, pick_own, sampler
-from vi_params.guides.frame import Frame
+from vi_params.guides.frame import Frame, frame_of, num_terms
 from vi_params.guides.location_scale import positive
 from vi_params.guides.mixture import Components, at_noise, component_of, log_terms, mixture_noise
 from vi_params.guides.starts import model_values, require_whole_plates, start_vector
@@ -63,6 +63,7 @@ def active_mixture(
     num_active: int,
     *,
     df: int | None = None,
+    degree: int | None = None,
     init: Any = None,
     init_scale: float = 0.1,
     name: str = "guide",
@@ -78,11 +79,15 @@ def active_mixture(
         num_components: how many, K.
         num_active: how many directions, the first columns of the frame's rotation.
         df: degrees of freedom along them, a whole number; None for normal components.
+        degree: of the polynomials along by which means, scales and regressions across follow, as
+            those of `vi.solvers.nested_laplace` do; None for linear log scales and precisions times
+            means, and no regressions.
         init: where the frame's `loc` starts, as in `vi.guides.mean_field`.
         init_scale: where its scales start, a positive number in unconstrained units.
         name: the name of the parameters `{"along": {"weights", "locs", "scale_trils"}, "across":
             {"locs", "scales"}, "frame": {"loc", "scale_tril", "rotation", "shifts",
-            "log_scales", "tilts"}}`; the rotation must stay orthogonal.
+            "log_scales", "tilts"}}`, with a degree "coupled" in the frame, too: {"weights",
+            "centre", "unit"}; the rotation must stay orthogonal.
 
     Returns:
         A `Guide`.
@@ -103,8 +108,9 @@ def active_mixture(
     require_whole_plates(target, f"vi.{where}")
     require_count(num_components, "num_components", where)
     require_count(num_active, "num_active", where)
-    if df is not None:
-        require_count(df, "df", where)
+    for number, what in [(df, "df"), (degree, "degree")]:
+        if number is not None:
+            require_count(number, what, where)
     flat_target = flat(target)
     dim = flat_target.dim
     if num_active > dim:
@@ -117,6 +123,12 @@ def active_mixture(
             )
         )
     num, rest = num_components, dim - num_active
+    terms = num_terms(num_active, 1 if degree is None else degree)
+    coupled = {
+        "weights": Param(np.zeros((terms, rest, rest))),
+        "centre": Param(np.zeros(num_active)),
+        "unit": Param(np.ones(num_active)),
+    }
     declared = {
         name: {
             "along": {
@@ -136,9 +148,10 @@ def active_mixture(
                     positive(init_scale) * np.eye(dim), constraint=constraints.lower_cholesky
                 ),
                 "rotation": Param(np.eye(dim)),
-                "shifts": Param(np.zeros((1 + num_active, rest))),
-                "log_scales": Param(np.zeros((1 + num_active, rest))),
+                "shifts": Param(np.zeros((terms, rest))),
+                "log_scales": Param(np.zeros((terms, rest))),
                 "tilts": Param(np.zeros(rest)),
+                **({} if degree is None else {"coupled": coupled}),
             },
         }
     }
@@ -146,7 +159,7 @@ def active_mixture(
     def read(params: Any) -> tuple[Parts, Frame]:
         own = constrain(declared, pick_own(params, declared))[name]
         parts = Parts(Components(**own["along"]), Across(**own["across"]))
-        return parts, Frame(**own["frame"])
+        return parts, frame_of(own["frame"])
 
     def noise(key: jax.Array, num_particles: int, scheme: Noise | None = None) -> Any:
         return mixture_noise(key, num_particles, dim, df, scheme)

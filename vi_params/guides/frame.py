@@ -8,16 +8,26 @@ skewed:
 
 T the sinh-arcsinh transform of its tilt (`sinh_arcsinh`). With l_1 = 0 and no tilt what is normal
 in y is normal over all; l_1 makes necks like those of funnels, tilts make the skewed latents of
-counts. Tan, Bhaskaran and Nott (2020), Conditionally structured variational Gaussian approximation
+counts. Where the coordinates across are coupled, their regressions on those before them follow, too
+(the modified Cholesky decomposition: Pourahmadi, 1999, Joint mean-covariance models with
+applications to longitudinal data, Biometrika 86), and all are polynomials p in a, clipped:
+
+    c = m(a) + (I + N(a))^-1 s(a) T(b),   log s = p(a) l,   m = p(a) h,   N = p(a) n,
+
+N strictly lower triangular. Tan, Bhaskaran and Nott (2020), Conditionally structured variational Gaussian approximation
 with importance weights, Statistics and Computing 30, let conditional covariances of local latents
 depend on global ones so; Smith, Loaiza-Maya and Nott (2020), High-dimensional copula variational
 approximation through transformation, Journal of Computational and Graphical Statistics 29, skew a
 Gaussian's coordinates by a transform of each.
 """
 
+import itertools
+import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.linalg import solve_triangular
 
 from vi_params._arrays import exact, inverse_lower
@@ -25,6 +35,23 @@ from vi_params.guides.sinh_arcsinh import log_slope, straightened, tilted
 
 REACH = 5.0
 """Beyond so many standard deviations along, what is across follows no further."""
+
+CLIPPED = 4.0
+"""Beyond so many of their own units polynomials are constant."""
+
+
+class Coupled(NamedTuple):
+    """Regressions across, polynomials along.
+
+    Attributes:
+        weights: n of N, shape (num_terms, rest, rest), of which what is strictly lower counts.
+        centre: where along the polynomials have their origin, shape (num_active,).
+        unit: their units along, shape (num_active,).
+    """
+
+    weights: Any
+    centre: Any
+    unit: Any
 
 
 class Frame(NamedTuple):
@@ -34,9 +61,11 @@ class Frame(NamedTuple):
         loc: shape (dim,).
         scale_tril: C, shape (dim, dim), lower triangular.
         rotation: Q, shape (dim, dim), orthogonal.
-        shifts: h, rows for 1 and each coordinate of a, shape (1 + num_active, dim - num_active).
+        shifts: h, rows for 1 and each coordinate of a, shape (1 + num_active, dim - num_active), or
+            for the terms of the polynomials.
         log_scales: l, likewise.
         tilts: e of T, shape (dim - num_active,).
+        coupled: the regressions across; None where there are none.
     """
 
     loc: Any
@@ -45,16 +74,26 @@ class Frame(NamedTuple):
     shifts: Any
     log_scales: Any
     tilts: Any
+    coupled: Coupled | None = None
 
     @property
     def num_active(self) -> int:
         """How many directions are active."""
-        return self.shifts.shape[0] - 1
+        return self.loc.shape[0] - self.shifts.shape[1]
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """As the parameters of a guide."""
+        found = self._asdict()
+        coupled = found.pop("coupled")
+        return found if coupled is None else {**found, "coupled": coupled._asdict()}
 
     def bends(self, xp: Any = jnp) -> bool:
         """Whether anything across follows what is along, or is skewed: on the host that is known,
         and straight coordinates cost nothing more."""
-        return xp is jnp or bool(self.shifts.any() or self.log_scales.any() or self.is_tilted(xp))
+        if xp is jnp or self.coupled is not None:
+            return True
+        return bool(self.shifts.any() or self.log_scales.any() or self.is_tilted(xp))
 
     def is_tilted(self, xp: Any = jnp) -> bool:
         """Whether anything is skewed."""
@@ -62,9 +101,54 @@ class Frame(NamedTuple):
 
     def across(self, a: Any, xp: Any = jnp) -> tuple[Any, Any]:
         """The means and the log scales across, at coordinates along or at rows of them."""
-        terms = linear(a, xp)
-        log_scales = exact(terms, self.log_scales, xp)
-        return xp.exp(2 * log_scales) * exact(terms, self.shifts, xp), log_scales
+        terms = self.terms(a, xp)
+        log_scales, means = exact(terms, self.log_scales, xp), exact(terms, self.shifts, xp)
+        return means if self.coupled else xp.exp(2 * log_scales) * means, log_scales
+
+    def terms(self, a: Any, xp: Any = jnp) -> Any:
+        """What is linear, or a polynomial, in coordinates along or in rows of them."""
+        if self.coupled is None:
+            return linear(a, xp)
+        degree = degree_of(len(self.shifts), self.num_active)
+        return powers((a - self.coupled.centre) / self.coupled.unit, degree, xp)
+
+    def released(self, a: Any, c: Any, xp: Any = jnp) -> Any:
+        """(I + N(a)) c: what the regressions leave."""
+        if self.coupled is None:
+            return c
+        terms = self.terms(a, xp)
+        if xp is jnp:
+            return _for_rows(lambda terms, c: exact(self._matrix(terms), c), terms, c)
+        found = np.array(c)
+        for i in range(1, c.shape[-1]):
+            found[..., i] += self._regression(terms, c, i)
+        return found
+
+    def pulled(self, a: Any, c: Any, xp: Any = jnp) -> Any:
+        """(I + N(a))^-1 c, with the regressions."""
+        if self.coupled is None:
+            return c
+        terms = self.terms(a, xp)
+        if xp is jnp:
+
+            def solved(terms: Any, c: Any) -> Any:
+                return solve_triangular(self._matrix(terms), c, lower=True, unit_diagonal=True)
+
+            return _for_rows(solved, terms, c)
+        found = np.array(c)
+        for i in range(1, c.shape[-1]):
+            found[..., i] -= self._regression(terms, found, i)
+        return found
+
+    def _matrix(self, terms: Any) -> Any:
+        """I + N, in a program."""
+        lower = jnp.tril(jnp.tensordot(terms, self.coupled.weights, 1, precision="highest"), -1)
+        return lower + jnp.eye(len(lower), dtype=lower.dtype)
+
+    def _regression(self, terms: np.ndarray, c: np.ndarray, i: int) -> np.ndarray:
+        """Row i of N(a) c, on the host: matrices for all draws would take too much memory."""
+        row = terms @ self.coupled.weights[:, i, :i]
+        return np.einsum("...j,...j->...", row, c[..., :i])
 
     def unconstrained(self, y: Any, xp: Any = jnp) -> Any:
         """The vectors u at coordinates y, shape (dim,) or (n, dim)."""
@@ -74,7 +158,8 @@ class Frame(NamedTuple):
             mean, log_scales = self.across(a, xp)
             if self.is_tilted(xp):
                 rest = tilted(rest, self.tilts, xp)
-            z = xp.concatenate([a, mean + xp.exp(log_scales) * rest], axis=-1)
+            rest = self.pulled(a, xp.exp(log_scales) * rest, xp)
+            z = xp.concatenate([a, mean + rest], axis=-1)
         if z.ndim == 1:  # of many rows, one product of matrices
             return self.loc + exact(self.scale_tril, exact(self.rotation, z, xp), xp)
         return self.loc + exact(z, exact(self.scale_tril, self.rotation, xp).T, xp)
@@ -86,7 +171,7 @@ class Frame(NamedTuple):
             return z
         a = z[..., : self.num_active]
         mean, log_scales = self.across(a, xp)
-        rest = (z[..., self.num_active :] - mean) * xp.exp(-log_scales)
+        rest = self.released(a, z[..., self.num_active :] - mean, xp) * xp.exp(-log_scales)
         if self.is_tilted(xp):
             rest = straightened(rest, self.tilts, xp)
         return xp.concatenate([a, rest], axis=-1)
@@ -115,6 +200,37 @@ def unbent(loc: Any, scale_tril: Any, rotation: Any, num_active: int, xp: Any = 
     """The coordinates in which nothing follows, or is skewed."""
     nothing = xp.zeros((1 + num_active, len(loc) - num_active), loc.dtype)
     return Frame(loc, scale_tril, rotation, nothing, nothing, nothing[0])
+
+
+def frame_of(values: Any) -> Frame:
+    """The frame that parameters of a guide, constrained, are of."""
+    coupled = values.get("coupled")
+    return Frame(**{**values, "coupled": None if coupled is None else Coupled(**coupled)})
+
+
+def powers(x: Any, degree: int, xp: Any = jnp) -> Any:
+    """All products of up to `degree` coordinates of x, clipped: shape (..., num_terms)."""
+    x = xp.clip(x, -CLIPPED, CLIPPED)
+    found = [xp.ones_like(x[..., 0])]
+    for number in range(1, degree + 1):
+        for chosen in itertools.combinations_with_replacement(range(x.shape[-1]), number):
+            found.append(math.prod((x[..., i] for i in chosen[1:]), start=x[..., chosen[0]]))
+    return xp.stack(found, axis=-1)
+
+
+def num_terms(num_active: int, degree: int) -> int:
+    """How many terms a polynomial has."""
+    return math.comb(num_active + degree, degree)
+
+
+def degree_of(terms: int, num_active: int) -> int:
+    """The degree of a polynomial with so many terms."""
+    return next(n for n in range(terms) if num_terms(num_active, n) == terms)
+
+
+def _for_rows(f: Any, terms: Any, c: Any) -> Any:
+    """f of one vector, or of rows of them."""
+    return f(terms, c) if c.ndim == 1 else jax.vmap(f)(terms, c)
 
 
 def linear(a: Any, xp: Any = jnp) -> Any:

@@ -7,6 +7,7 @@ from vi_params.solvers.laplace import laplace
 from vi_params.solvers.linear_response import linear_response
 from vi_params.solvers.merge import merge
 from vi_params.solvers.natural_gradient import natural_gradient
+from vi_params.solvers.nested_laplace import nested_laplace
 from vi_params.solvers.pathfinder import pathfinder
 from vi_params.solvers.population_monte_carlo import population_monte_carlo
 from vi_params.solvers.quantity_response import QuantityResponse, quantity_response
@@ -29,6 +30,7 @@ __all__ = [
     "linear_response",
     "merge",
     "natural_gradient",
+    "nested_laplace",
     "pathfinder",
     "population_monte_carlo",
     "quantity_response",

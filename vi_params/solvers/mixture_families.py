@@ -16,7 +16,7 @@ from vi_params._tree import all_finite, where_tree
 from vi_params.guide import Guide
 from vi_params.guides import active_mixture, mixture
 from vi_params.guides.active_mixture import Across, Parts
-from vi_params.guides.frame import Frame
+from vi_params.guides.frame import Frame, degree_of, frame_of
 from vi_params.guides.location_scale import require_gaussian
 from vi_params.guides.mixture import Components, log_terms
 from vi_params.importance import Smoothed
@@ -55,7 +55,7 @@ class Mixture(NamedTuple):
         along, across = (part._asdict() for part in self.parts)
         if self.frame is None:
             return along
-        return {"along": along, "across": across, "frame": self.frame._asdict()}
+        return {"along": along, "across": across, "frame": self.frame.values}
 
 
 class Family(NamedTuple):
@@ -81,7 +81,10 @@ def family(
     if num_active is None:
         guide = mixture(target, num_components + 1, df=df, name=name)
     else:
-        guide = active_mixture(target, num_components + 1, num_active, df=df, name=name)
+        degree = coupled_degree(start.declared[name], num_active)
+        guide = active_mixture(
+            target, num_components + 1, num_active, df=df, degree=degree, name=name
+        )
 
     def begin(own: Any, chosen: Any, slopes: Slopes | None, xp: Any = jnp) -> Mixture:
         if num_active is None:
@@ -92,6 +95,13 @@ def family(
         return unconstrain(guide.declared, {name: found.values})
 
     return Family(guide, begin, params)
+
+
+def coupled_degree(own: Any, num_active: int) -> int | None:
+    """The degree of the polynomials of a guide, declared so, in whose frame the coordinates across
+    are coupled; None of others."""
+    frame = own.get("frame", {})
+    return degree_of(len(frame["shifts"].init), num_active) if "coupled" in frame else None
 
 
 def everywhere(own: Any, chosen: Any, df: int, where: str, xp: Any) -> Mixture:
@@ -111,7 +121,7 @@ def along_few(own: Any, chosen: Any, slopes: Any, num_active: int, where: str, x
     """Components about some draws, along the directions in which a target differs most from a
     Gaussian and in the frame of its conditional Gaussian, or in that of an `active_mixture`."""
     if "frame" in own:
-        frame = Frame(**own["frame"])
+        frame = frame_of(own["frame"])
         require_directions(frame, num_active, where)
     else:
         loc, scale_tril = require_gaussian(own, f"{where}, with num_active")

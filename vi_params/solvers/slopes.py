@@ -6,6 +6,7 @@ and its application to stochastic kinetic models, Statistics and Computing 25, d
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,14 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from vi_params._arrays import repeated
+from vi_params._cache import program
+from vi_params._compile import Quick
 from vi_params._over import over
+from vi_params._tree import pick
 from vi_params.importance import at_once
+from vi_params.params import constrain
+from vi_params.solvers.fixed_draws import DENSE
 from vi_params.solvers.linear_response import FLAT, prepared
 from vi_params.solvers.solution import Slopes, Solution
 from vi_params.target import Target, flat
 
 GRADIENTS, SIDE_BY_SIDE = 1000, 100
 """At how many draws they tell enough, and how many are computed at once."""
+
+ROWS = 500
+"""How many a program of their own computes."""
 
 EFFECTIVE = 1 / 3
 """How many of these draws are effective at least."""
@@ -36,6 +45,54 @@ def slopes_at(target: Target, values: Any, position: Any, log_weights: Any, data
     return Slopes(position, over(gradient, position, size), evened(log_weights))
 
 
+def gradients(target: Target) -> Quick:
+    """The program `(params, rows u, data) -> gradients of the log density` of a target."""
+    flat_target = flat(target)
+
+    @Quick
+    def at(params: Any, rows: jax.Array, data: Any) -> jax.Array:
+        values = constrain(target.declared, pick(params, target.declared))
+        gradient = jax.grad(lambda u: flat_target.log_density(u, values, data))
+        return over(gradient, rows, min(SIDE_BY_SIDE, at_once(len(rows), target, data)))
+
+    return at
+
+
+def gradient_on_host(
+    target: Target, solution: Solution, data: Any, num_hessians: int | None = None
+) -> Callable[[np.ndarray], np.ndarray]:
+    """The gradient of the log density at rows u, shape (n, dim), in float64, in blocks.
+
+    Of many latents nothing is compiled: the program that a linear response took computes it.
+
+    Args:
+        target: what was approximated, no plate of it subsampled.
+        solution: its linear response, as a mean-field solution was given to it.
+        data: the data.
+        num_hessians: as that linear response was given it.
+    """
+    (name,) = solution.guide.declared
+    size, dim = solution.noise.shape
+    if dim <= DENSE:  # the solver had its Hessians itself
+        size, at = ROWS, program(gradients, target)
+    else:
+        _, expand, _ = prepared(target, name, num_hessians)
+        # At location 0 and scale 1 a fixed draw is the place itself.
+        zero = jnp.asarray(np.zeros(dim, solution.noise.dtype))
+        there = {**solution.params, name: {"loc": zero, "scale": zero}}
+
+        def at(_: Any, rows: jax.Array, data: Any) -> jax.Array:
+            return expand(there, rows, data, FLAT).slopes
+
+    def gradient(u: np.ndarray) -> np.ndarray:
+        blocks = np.resize(u, (math.ceil(len(u) / size), size, dim))
+        rows = (jnp.asarray(block, solution.noise.dtype) for block in blocks)
+        found = [jax.device_get(at(solution.params, block, data)) for block in rows]
+        return np.concatenate(found)[: len(u)].astype(float)
+
+    return gradient
+
+
 def slopes_by_response(
     target: Target,
     solution: Solution,
@@ -44,29 +101,10 @@ def slopes_by_response(
     data: Any,
     num_hessians: int | None = None,
 ) -> Slopes:
-    """The same on the host, at the first thousand draws: nothing is compiled, the program that a
-    linear response of many latents took computes them, in blocks of as many as that had draws.
-
-    Args:
-        target: what was approximated, no plate of it subsampled.
-        solution: its linear response.
-        position: draws, shape (num_draws, dim).
-        log_weights: their importance weights.
-        data: the data.
-        num_hessians: as that linear response was given it.
-    """
+    """The gradients at the first thousand weighted draws, on the host (`gradient_on_host`)."""
     position, log_weights = position[:GRADIENTS].astype(float), log_weights[:GRADIENTS]
-    (name,) = solution.guide.declared
-    _, expand, _ = prepared(target, name, num_hessians)
-    # At location 0 and scale 1 a fixed draw is the place itself.
-    size, dim = solution.noise.shape
-    zero = jnp.asarray(np.zeros(dim, solution.noise.dtype))
-    params = {**solution.params, name: {"loc": zero, "scale": zero}}
-    blocks = np.resize(position, (math.ceil(len(position) / size), size, dim))
-    blocks = (jnp.asarray(block, solution.noise.dtype) for block in blocks)
-    found = [jax.device_get(expand(params, block, data, FLAT).slopes) for block in blocks]
-    gradient = np.concatenate(found)[: len(position)].astype(float)
-    return Slopes(position, gradient, evened(log_weights, np))
+    gradient = gradient_on_host(target, solution, data, num_hessians)
+    return Slopes(position, gradient(position), evened(log_weights, np))
 
 
 def evened(log_weights: Any, xp: Any = jnp) -> Any:

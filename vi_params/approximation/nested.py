@@ -1,0 +1,127 @@
+"""Where one Gaussian is not good enough: one given a few latents, whose mean and precision follow."""
+
+import itertools
+import math
+from concurrent.futures import Executor
+from typing import Any
+
+import jax
+import numpy as np
+
+from vi_params._cache import program
+from vi_params.approximation.candidate import MISSED, Candidate, once
+from vi_params.approximation.judge import BATCH, judge_of_proposal
+from vi_params.approximation.optima import HESSIANS
+from vi_params.approximation.polish import polish
+from vi_params.approximation.proposals import log_density_of, mixture, params_of, values_of
+from vi_params.approximation.result import resampled
+from vi_params.guides.active_mixture import Across
+from vi_params.guides.frame import Frame
+from vi_params.importance import Weighted
+from vi_params.solvers.mixture_families import Mixture
+from vi_params.solvers.nested_laplace import (
+    NODES,
+    Nodes,
+    along,
+    contaminated,
+    nested_frame,
+    nested_guide,
+    whitened,
+)
+from vi_params.solvers.population_monte_carlo import DF
+from vi_params.solvers.slopes import evened, gradient_on_host
+from vi_params.solvers.third_derivative import fixed_directions, third_derivative
+from vi_params.solvers.weighted_em import moments
+from vi_params.target import Target, flat
+
+LARGEST = 100
+"""The largest dimension in which it is tried: the third derivatives take dim^2 gradients."""
+
+NESTED = "nested Laplace"
+"""What it is called."""
+
+WELL = 0.3
+"""The share of effective draws above which the nodes are where the posterior is."""
+
+BARE = math.log(20)
+"""Where the log density exceeds that of an approximation by so much, this hardly draws."""
+
+STEPS, SPREAD = 2, 1.3
+"""How many steps of Newton's method are made from the modes before, and how much farther apart the
+nodes lie than the weighted draws."""
+
+
+def can_nest(target: Target) -> bool:
+    """Whether it is worth trying."""
+    return flat(target).dim <= LARGEST
+
+
+def nested(
+    pool: Executor,
+    target: Target,
+    response: Candidate,
+    others: list[Candidate],
+    key: jax.Array,
+    data: Any,
+) -> list[Candidate]:
+    """The mixture that rounds from a nested Laplace approximation of a linear response end with;
+    none where no few latents make the posterior more of a Gaussian, or where it misses mass that
+    others have found.
+
+    Args:
+        pool: whose threads compile.
+        target: what is approximated.
+        response: the linear response.
+        others: mixtures of several optima.
+        key: a typed random key.
+        data: the data.
+    """
+    begun = response.solution
+    loc, scale_tril = (values_of(begun)[part] for part in ("loc", "scale_tril"))
+    gradient = gradient_on_host(target, begun, data, HESSIANS)
+    third = third_derivative(whitened(gradient, loc, scale_tril, None, np), len(loc), np)
+    directions, _ = fixed_directions(third, scale_tril, xp=np)
+    if not directions.shape[1]:
+        return []
+    keys = (jax.random.fold_in(key, i) for i in itertools.count())
+    frame = nested_frame(along(loc, scale_tril, directions, np), gradient, xp=np)
+    found = contaminated(frame, np)
+    judge = judge_of_proposal(target, mixture(found, None), begun.params, data, BATCH)
+    (name,) = begun.guide.declared
+    guide = program(nested_guide, target, name, frame.num_active)
+    solution = begun._replace(guide=guide, params={**begun.params, **params_of(guide, found)})
+    start = once(NESTED, solution, judge, next(keys))
+
+    def reframed(now: Mixture, drawn: Weighted) -> Mixture:
+        """With nodes where the weighted draws are."""
+        if drawn.smoothed.ess > WELL * len(drawn.log_ratios):
+            return now
+        nodes = _nodes(now.frame, drawn, next(keys))
+        across = now.parts.across
+        blank = Across(np.zeros_like(across.locs), np.ones_like(across.scales))
+        parts = now.parts._replace(across=blank)
+        return Mixture(parts, nested_frame(now.frame, gradient, nodes, STEPS, np))
+
+    best = polish(pool, target, start, keys, data, reframed)
+    return [] if any(_misses(best, other) for other in others) else [best]
+
+
+def _nodes(frame: Frame, drawn: Weighted, key: jax.Array) -> Nodes:
+    """Nodes about the weighted draws."""
+    weights = evened(np.asarray(drawn.smoothed.log_weights, float), np)
+    a = frame.straight(np.asarray(drawn.position, float), np)[:, : frame.num_active]
+    mean, root = moments(a, weights, np)
+    chosen = a[resampled(key, np.log(weights))][:NODES]
+    unit = np.sqrt(np.sum(root**2, axis=1))
+    return Nodes(mean + SPREAD * (chosen - mean), np.ones(NODES), mean, unit)
+
+
+def _misses(best: Candidate, other: Candidate) -> bool:
+    """Whether the draws of another approximation have found mass where this one has hardly any."""
+    drawn = other.batches[0]
+    position = np.asarray(drawn.position, float)
+    log_ratios = np.asarray(drawn.log_ratios, float)
+    log_p = log_ratios + log_density_of(other.solution, None)(position)
+    log_z = float(best.diagnosis.log_evidence)
+    is_bare = log_p - log_z - log_density_of(best.solution, DF)(position) > BARE
+    return bool(np.mean(np.where(is_bare, np.exp(log_ratios - log_z), 0.0)) > MISSED)
