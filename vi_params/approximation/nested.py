@@ -20,15 +20,16 @@ from vi_params.guides.frame import Frame
 from vi_params.importance import Weighted
 from vi_params.solvers.mixture_families import Mixture
 from vi_params.solvers.nested_laplace import (
-    NODES,
+    DF,
     Nodes,
     along,
     contaminated,
     nested_frame,
     nested_guide,
+    num_nodes_for,
+    spread_nodes,
     whitened,
 )
-from vi_params.solvers.population_monte_carlo import DF
 from vi_params.solvers.slopes import evened, gradient_on_host
 from vi_params.solvers.third_derivative import fixed_directions, third_derivative
 from vi_params.solvers.weighted_em import moments
@@ -46,9 +47,8 @@ WELL = 0.3
 BARE = math.log(20)
 """Where the log density exceeds that of an approximation by so much, this hardly draws."""
 
-STEPS, SPREAD = 2, 1.3
-"""How many steps of Newton's method are made from the modes before, and how much farther apart the
-nodes lie than the weighted draws."""
+STEPS = 2
+"""How many steps of Newton's method are made from the modes before."""
 
 
 def can_nest(target: Target) -> bool:
@@ -102,18 +102,19 @@ def nested(
         parts = now.parts._replace(across=blank)
         return Mixture(parts, nested_frame(now.frame, gradient, nodes, STEPS, np))
 
-    best = polish(pool, target, start, keys, data, reframed)
+    best = polish(pool, target, start, keys, data, reframed, DF)
     return [] if any(_misses(best, other) for other in others) else [best]
 
 
 def _nodes(frame: Frame, drawn: Weighted, key: jax.Array) -> Nodes:
-    """Nodes about the weighted draws."""
+    """Nodes where the weighted draws are, half of them, and all about these."""
     weights = evened(np.asarray(drawn.smoothed.log_weights, float), np)
     a = frame.straight(np.asarray(drawn.position, float), np)[:, : frame.num_active]
     mean, root = moments(a, weights, np)
-    chosen = a[resampled(key, np.log(weights))][:NODES]
-    unit = np.sqrt(np.sum(root**2, axis=1))
-    return Nodes(mean + SPREAD * (chosen - mean), np.ones(NODES), mean, unit)
+    number = num_nodes_for(frame.num_active)
+    chosen = a[resampled(key, np.log(weights))][: number // 2]
+    about = mean + spread_nodes(frame.num_active, number - len(chosen)) @ root.T
+    return Nodes(np.concatenate([chosen, about]), mean, np.sqrt(np.sum(root**2, axis=1)))
 
 
 def _misses(best: Candidate, other: Candidate) -> bool:

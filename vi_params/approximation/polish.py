@@ -84,6 +84,7 @@ def polish(
     keys: Iterator[jax.Array],
     data: Any,
     reframed: Callable[[Mixture, Weighted], Mixture] | None = None,
+    df: int = DF,
 ) -> Candidate:
     """The best mixture of some rounds of population Monte Carlo, judged by fresh draws.
 
@@ -95,6 +96,7 @@ def polish(
         data: the data.
         reframed: makes a better frame for a mixture from its weighted draws; a start that has one
             has few directions, along which fewer draws are enough.
+        df: the components' degrees of freedom.
     """
     begun = start.solution
     own = values_of(begun)
@@ -102,12 +104,12 @@ def polish(
     num_active = num_active_of(own, slopes)
     is_far = num_active is None and start.share < FAR
     num_components = MORE_COMPONENTS if is_far else COMPONENTS
-    rounds = _rounds(pool, target, begun.guide, num_active, num_components)
+    rounds = _rounds(pool, target, begun.guide, num_active, num_components, df)
     num_draws = DRAWS if has_many_latents(target) and reframed is None else FEWER_DRAWS
     name = POLISHED if reframed is None else f"{start.name}, polished"
 
     def judged(now: Mixture) -> Candidate:
-        judge = judge_of_proposal(target, mixture(now, DF), begun.params, data, num_draws)
+        judge = judge_of_proposal(target, mixture(now, df), begun.params, data, num_draws)
         # The mixture becomes its solution at the end; another batch must confirm what is good.
         return once(name, begun, judge, next(keys), ENOUGH)
 
@@ -166,11 +168,16 @@ def compile_polish(pool: Executor, target: Target, start: Guide) -> None:
 
 
 def _rounds(
-    pool: Executor, target: Target, start: Guide, num_active: int | None, num_components: int
+    pool: Executor,
+    target: Target,
+    start: Guide,
+    num_active: int | None,
+    num_components: int,
+    df: int = DF,
 ) -> Population:
     """What rounds with so many components are made of; threads of `pool` compile the program that
     they end with."""
-    rounds = population(target, start, num_components, DF, num_active)
+    rounds = population(target, start, num_components, df, num_active)
     compile_params(pool, rounds.guide)
     return rounds
 

@@ -24,9 +24,6 @@ from vi_params.params import constrain, init_params, unconstrain
 from vi_params.solvers.mixture_families import Mixture
 from vi_params.solvers.solution import Solution
 
-KEY = jax.eval_shape(lambda: jax.random.key(0))
-"""Of a random key, what programs are compiled for."""
-
 Proposal = Callable[[np.random.Generator, int], tuple[np.ndarray, np.ndarray]]
 """A distribution over unconstrained vectors: `(generator, num_draws) -> (vectors, log densities)`,
 shapes (num_draws, dim) and (num_draws,). Only all rows together are a sample: they may be sorted by
@@ -69,7 +66,8 @@ def mixture(found: Mixture, df: int | None) -> Proposal:
         log_q = logsumexp(part_terms(found.parts, y, df, np), xp=np)
         if frame is None:
             return y, log_q
-        return frame.unconstrained(y, np), log_q - frame.log_det(y, np)
+        u, log_det = frame.unconstrained_with_log_det(y, np)
+        return u, log_q - log_det
 
     return draw
 
@@ -132,10 +130,15 @@ def params_of(guide: Guide, found: Mixture) -> dict[str, Any]:
 
 def compile_params(pool: Executor, guide: Guide) -> None:
     """Has the program of `params_of` compiled by a thread of `pool`."""
-    declared = guide.declared
-    values = jax.eval_shape(lambda key: constrain(declared, init_params(declared, key)), KEY)
+    program(_params, guide).ahead(pool, program(_shapes, guide))
+
+
+def _shapes(guide: Guide) -> Any:
+    """Of the constrained parameters of a guide's family."""
+    declared, key = guide.declared, jax.eval_shape(lambda: jax.random.key(0))
+    values = jax.eval_shape(lambda key: constrain(declared, init_params(declared, key)), key)
     (name,) = declared
-    program(_params, guide).ahead(pool, values[name])
+    return values[name]
 
 
 def _params(guide: Guide) -> Quick:

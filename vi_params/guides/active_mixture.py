@@ -24,7 +24,7 @@ from numpyro.distributions import constraints
 from vi_params._arrays import exact, logsumexp
 from vi_params._check import explain, require_count
 from vi_params.guide import Draw, Guide, pick_own, sampler
-from vi_params.guides.frame import Frame, frame_of, num_terms
+from vi_params.guides.frame import Frame, frame_of
 from vi_params.guides.location_scale import positive
 from vi_params.guides.mixture import Components, at_noise, component_of, log_terms, mixture_noise
 from vi_params.guides.starts import model_values, require_whole_plates, start_vector
@@ -63,7 +63,7 @@ def active_mixture(
     num_active: int,
     *,
     df: int | None = None,
-    degree: int | None = None,
+    num_nodes: int | None = None,
     init: Any = None,
     init_scale: float = 0.1,
     name: str = "guide",
@@ -79,14 +79,14 @@ def active_mixture(
         num_components: how many, K.
         num_active: how many directions, the first columns of the frame's rotation.
         df: degrees of freedom along them, a whole number; None for normal components.
-        degree: of the polynomials along by which means, scales and regressions across follow, as
-            those of `vi.solvers.nested_laplace` do; None for linear log scales and precisions times
-            means, and no regressions.
+        num_nodes: between how many nodes along the splines are by which means, scales and
+            regressions across follow, as those of `vi.solvers.nested_laplace` do; None for linear
+            log scales and precisions times means, and no regressions.
         init: where the frame's `loc` starts, as in `vi.guides.mean_field`.
         init_scale: where its scales start, a positive number in unconstrained units.
         name: the name of the parameters `{"along": {"weights", "locs", "scale_trils"}, "across":
             {"locs", "scales"}, "frame": {"loc", "scale_tril", "rotation", "shifts",
-            "log_scales", "tilts"}}`, with a degree "coupled" in the frame, too: {"weights",
+            "log_scales", "tilts"}}`, with nodes "coupled" in the frame, too: {"weights", "nodes",
             "centre", "unit"}; the rotation must stay orthogonal.
 
     Returns:
@@ -108,7 +108,7 @@ def active_mixture(
     require_whole_plates(target, f"vi.{where}")
     require_count(num_components, "num_components", where)
     require_count(num_active, "num_active", where)
-    for number, what in [(df, "df"), (degree, "degree")]:
+    for number, what in [(df, "df"), (num_nodes, "num_nodes")]:
         if number is not None:
             require_count(number, what, where)
     flat_target = flat(target)
@@ -123,9 +123,10 @@ def active_mixture(
             )
         )
     num, rest = num_components, dim - num_active
-    terms = num_terms(num_active, 1 if degree is None else degree)
+    terms = 1 + num_active + (num_nodes or 0)
     coupled = {
         "weights": Param(np.zeros((terms, rest, rest))),
+        "nodes": Param(np.zeros((num_nodes or 0, num_active))),
         "centre": Param(np.zeros(num_active)),
         "unit": Param(np.ones(num_active)),
     }
@@ -151,7 +152,7 @@ def active_mixture(
                 "shifts": Param(np.zeros((terms, rest))),
                 "log_scales": Param(np.zeros((terms, rest))),
                 "tilts": Param(np.zeros(rest)),
-                **({} if degree is None else {"coupled": coupled}),
+                **({} if num_nodes is None else {"coupled": coupled}),
             },
         }
     }
@@ -174,9 +175,9 @@ def active_mixture(
         along = at_noise(parts.along, {**one, "normal": normal[:num_active]}, df)
         across = parts.across.locs[k] + parts.across.scales[k] * normal[num_active:]
         y = jax.lax.stop_gradient(jnp.concatenate([along, across]))
-        u = jax.lax.stop_gradient(frame.unconstrained(y))
+        u, log_det = jax.lax.stop_gradient(frame.unconstrained_with_log_det(y))
         latents, log_abs_det = jacobian(params, u, data)
-        log_q = logsumexp(part_terms(parts, y, df)) - frame.log_det(y)
+        log_q = logsumexp(part_terms(parts, y, df)) - log_det
         return Draw(latents, log_q - log_abs_det, u)
 
     def rescore(params: Any, draw: Draw, data: Any = None) -> jax.Array:

@@ -10,7 +10,9 @@ T the sinh-arcsinh transform of its tilt (`sinh_arcsinh`). With l_1 = 0 and no t
 in y is normal over all; l_1 makes necks like those of funnels, tilts make the skewed latents of
 counts. Where the coordinates across are coupled, their regressions on those before them follow, too
 (the modified Cholesky decomposition: Pourahmadi, 1999, Joint mean-covariance models with
-applications to longitudinal data, Biometrika 86), and all are polynomials p in a, clipped:
+applications to longitudinal data, Biometrika 86), and all are splines between nodes along: with
+p(a) one, a and |a - a_k|^3 for each node, in units of their own (polyharmonic splines: Duchon, 1977,
+Splines minimizing rotation-invariant semi-norms in Sobolev spaces),
 
     c = m(a) + (I + N(a))^-1 s(a) T(b),   log s = p(a) l,   m = p(a) h,   N = p(a) n,
 
@@ -21,8 +23,6 @@ approximation through transformation, Journal of Computational and Graphical Sta
 Gaussian's coordinates by a transform of each.
 """
 
-import itertools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -36,20 +36,23 @@ from vi_params.guides.sinh_arcsinh import log_slope, straightened, tilted
 REACH = 5.0
 """Beyond so many standard deviations along, what is across follows no further."""
 
-CLIPPED = 4.0
-"""Beyond so many of their own units polynomials are constant."""
+CLIPPED = 10.0
+"""Beyond so many of their own units splines are constant."""
 
 
 class Coupled(NamedTuple):
-    """Regressions across, polynomials along.
+    """Regressions across, splines along.
 
     Attributes:
-        weights: n of N, shape (num_terms, rest, rest), of which what is strictly lower counts.
-        centre: where along the polynomials have their origin, shape (num_active,).
+        weights: n of N, shape (1 + num_active + num_nodes, rest, rest), of which what is strictly
+            lower counts.
+        nodes: in the units of the splines, shape (num_nodes, num_active).
+        centre: where along the splines have their origin, shape (num_active,).
         unit: their units along, shape (num_active,).
     """
 
     weights: Any
+    nodes: Any
     centre: Any
     unit: Any
 
@@ -62,7 +65,7 @@ class Frame(NamedTuple):
         scale_tril: C, shape (dim, dim), lower triangular.
         rotation: Q, shape (dim, dim), orthogonal.
         shifts: h, rows for 1 and each coordinate of a, shape (1 + num_active, dim - num_active), or
-            for the terms of the polynomials.
+            for the terms of the splines.
         log_scales: l, likewise.
         tilts: e of T, shape (dim - num_active,).
         coupled: the regressions across; None where there are none.
@@ -99,24 +102,25 @@ class Frame(NamedTuple):
         """Whether anything is skewed."""
         return xp is jnp or bool(self.tilts.any())
 
-    def across(self, a: Any, xp: Any = jnp) -> tuple[Any, Any]:
-        """The means and the log scales across, at coordinates along or at rows of them."""
+    def across(self, a: Any, xp: Any = jnp) -> tuple[Any, Any, Any]:
+        """The means and the log scales across, at coordinates along or at rows of them, and the
+        terms that they are made of."""
         terms = self.terms(a, xp)
         log_scales, means = exact(terms, self.log_scales, xp), exact(terms, self.shifts, xp)
-        return means if self.coupled else xp.exp(2 * log_scales) * means, log_scales
+        means = xp.exp(2 * log_scales) * means if self.coupled is None else means
+        return means, log_scales, terms
 
     def terms(self, a: Any, xp: Any = jnp) -> Any:
-        """What is linear, or a polynomial, in coordinates along or in rows of them."""
+        """The terms p(a), or one and a, at coordinates along or at rows of them."""
         if self.coupled is None:
             return linear(a, xp)
-        degree = degree_of(len(self.shifts), self.num_active)
-        return powers((a - self.coupled.centre) / self.coupled.unit, degree, xp)
+        _, nodes, centre, unit = self.coupled
+        return spline_terms((a - centre) / unit, nodes, xp)
 
-    def released(self, a: Any, c: Any, xp: Any = jnp) -> Any:
-        """(I + N(a)) c: what the regressions leave."""
+    def released(self, terms: Any, c: Any, xp: Any = jnp) -> Any:
+        """(I + N) c: what the regressions leave."""
         if self.coupled is None:
             return c
-        terms = self.terms(a, xp)
         if xp is jnp:
             return _for_rows(lambda terms, c: exact(self._matrix(terms), c), terms, c)
         found = np.array(c)
@@ -124,11 +128,10 @@ class Frame(NamedTuple):
             found[..., i] += self._regression(terms, c, i)
         return found
 
-    def pulled(self, a: Any, c: Any, xp: Any = jnp) -> Any:
-        """(I + N(a))^-1 c, with the regressions."""
+    def pulled(self, terms: Any, c: Any, xp: Any = jnp) -> Any:
+        """(I + N)^-1 c, with the regressions."""
         if self.coupled is None:
             return c
-        terms = self.terms(a, xp)
         if xp is jnp:
 
             def solved(terms: Any, c: Any) -> Any:
@@ -146,23 +149,42 @@ class Frame(NamedTuple):
         return lower + jnp.eye(len(lower), dtype=lower.dtype)
 
     def _regression(self, terms: np.ndarray, c: np.ndarray, i: int) -> np.ndarray:
-        """Row i of N(a) c, on the host: matrices for all draws would take too much memory."""
+        """Row i of N c, on the host: matrices for all draws would take too much memory."""
         row = terms @ self.coupled.weights[:, i, :i]
         return np.einsum("...j,...j->...", row, c[..., :i])
 
     def unconstrained(self, y: Any, xp: Any = jnp) -> Any:
         """The vectors u at coordinates y, shape (dim,) or (n, dim)."""
-        z = y
+        return self.unconstrained_with_log_det(y, xp)[0]
+
+    def log_det(self, y: Any, xp: Any = jnp) -> Any:
+        """Log |det du/dy| at coordinates y, shape () or (n,); one for all where nothing bends."""
+        straight = xp.sum(xp.log(xp.diagonal(self.scale_tril)))
+        if not self.bends(xp):
+            return straight
+        a, rest = y[..., : self.num_active], y[..., self.num_active :]
+        return straight + self._log_slopes(self.across(a, xp)[1], rest, xp)
+
+    def unconstrained_with_log_det(self, y: Any, xp: Any = jnp) -> tuple[Any, Any]:
+        """Both."""
+        z, log_det = y, xp.sum(xp.log(xp.diagonal(self.scale_tril)))
         if self.bends(xp):
             a, rest = y[..., : self.num_active], y[..., self.num_active :]
-            mean, log_scales = self.across(a, xp)
+            mean, log_scales, terms = self.across(a, xp)
+            log_det = log_det + self._log_slopes(log_scales, rest, xp)
             if self.is_tilted(xp):
                 rest = tilted(rest, self.tilts, xp)
-            rest = self.pulled(a, xp.exp(log_scales) * rest, xp)
+            rest = self.pulled(terms, xp.exp(log_scales) * rest, xp)
             z = xp.concatenate([a, mean + rest], axis=-1)
         if z.ndim == 1:  # of many rows, one product of matrices
-            return self.loc + exact(self.scale_tril, exact(self.rotation, z, xp), xp)
-        return self.loc + exact(z, exact(self.scale_tril, self.rotation, xp).T, xp)
+            return self.loc + exact(self.scale_tril, exact(self.rotation, z, xp), xp), log_det
+        return self.loc + exact(z, exact(self.scale_tril, self.rotation, xp).T, xp), log_det
+
+    def _log_slopes(self, log_scales: Any, rest: Any, xp: Any) -> Any:
+        """What scales and tilts add to the logarithm of the determinant."""
+        if self.is_tilted(xp):
+            log_scales = log_scales + log_slope(rest, self.tilts, xp)
+        return xp.sum(log_scales, axis=-1)
 
     def coordinates(self, u: Any, xp: Any = jnp) -> Any:
         """The coordinates of u, shape (dim,) or (n, dim)."""
@@ -170,8 +192,8 @@ class Frame(NamedTuple):
         if not self.bends(xp):
             return z
         a = z[..., : self.num_active]
-        mean, log_scales = self.across(a, xp)
-        rest = self.released(a, z[..., self.num_active :] - mean, xp) * xp.exp(-log_scales)
+        mean, log_scales, terms = self.across(a, xp)
+        rest = self.released(terms, z[..., self.num_active :] - mean, xp) * xp.exp(-log_scales)
         if self.is_tilted(xp):
             rest = straightened(rest, self.tilts, xp)
         return xp.concatenate([a, rest], axis=-1)
@@ -183,17 +205,6 @@ class Frame(NamedTuple):
             z = exact(self.rotation.T, solve_triangular(self.scale_tril, centred, lower=True))
             return z.T.reshape(u.shape)
         return (u - self.loc) @ (self.rotation.T @ inverse_lower(self.scale_tril, xp)).T
-
-    def log_det(self, y: Any, xp: Any = jnp) -> Any:
-        """Log |det du/dy| at coordinates y, shape () or (n,); one for all where nothing bends."""
-        straight = xp.sum(xp.log(xp.diagonal(self.scale_tril)))
-        if not self.bends(xp):
-            return straight
-        a, rest = y[..., : self.num_active], y[..., self.num_active :]
-        log_slopes = self.across(a, xp)[1]
-        if self.is_tilted(xp):
-            log_slopes = log_slopes + log_slope(rest, self.tilts, xp)
-        return straight + xp.sum(log_slopes, axis=-1)
 
 
 def unbent(loc: Any, scale_tril: Any, rotation: Any, num_active: int, xp: Any = jnp) -> Frame:
@@ -208,24 +219,13 @@ def frame_of(values: Any) -> Frame:
     return Frame(**{**values, "coupled": None if coupled is None else Coupled(**coupled)})
 
 
-def powers(x: Any, degree: int, xp: Any = jnp) -> Any:
-    """All products of up to `degree` coordinates of x, clipped: shape (..., num_terms)."""
+def spline_terms(x: Any, nodes: Any, xp: Any = jnp) -> Any:
+    """One, x and the cubes of the distances from nodes, shape (..., 1 + num_active + num_nodes)."""
     x = xp.clip(x, -CLIPPED, CLIPPED)
-    found = [xp.ones_like(x[..., 0])]
-    for number in range(1, degree + 1):
-        for chosen in itertools.combinations_with_replacement(range(x.shape[-1]), number):
-            found.append(math.prod((x[..., i] for i in chosen[1:]), start=x[..., chosen[0]]))
-    return xp.stack(found, axis=-1)
-
-
-def num_terms(num_active: int, degree: int) -> int:
-    """How many terms a polynomial has."""
-    return math.comb(num_active + degree, degree)
-
-
-def degree_of(terms: int, num_active: int) -> int:
-    """The degree of a polynomial with so many terms."""
-    return next(n for n in range(terms) if num_terms(num_active, n) == terms)
+    products = exact(x, nodes.T, xp)
+    squares = xp.sum(x**2, axis=-1)[..., None] + xp.sum(nodes**2, axis=-1) - 2 * products
+    squares = xp.maximum(squares, 0.0)
+    return xp.concatenate([xp.ones_like(x[..., :1]), x, squares * xp.sqrt(squares)], axis=-1)
 
 
 def _for_rows(f: Any, terms: Any, c: Any) -> Any:

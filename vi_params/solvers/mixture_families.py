@@ -16,7 +16,7 @@ from vi_params._tree import all_finite, where_tree
 from vi_params.guide import Guide
 from vi_params.guides import active_mixture, mixture
 from vi_params.guides.active_mixture import Across, Parts
-from vi_params.guides.frame import Frame, degree_of, frame_of
+from vi_params.guides.frame import Frame, frame_of
 from vi_params.guides.location_scale import require_gaussian
 from vi_params.guides.mixture import Components, log_terms
 from vi_params.importance import Smoothed
@@ -81,9 +81,13 @@ def family(
     if num_active is None:
         guide = mixture(target, num_components + 1, df=df, name=name)
     else:
-        degree = coupled_degree(start.declared[name], num_active)
         guide = active_mixture(
-            target, num_components + 1, num_active, df=df, degree=degree, name=name
+            target,
+            num_components + 1,
+            num_active,
+            df=df,
+            num_nodes=num_nodes_of(start.declared[name]),
+            name=name,
         )
 
     def begin(own: Any, chosen: Any, slopes: Slopes | None, xp: Any = jnp) -> Mixture:
@@ -97,11 +101,10 @@ def family(
     return Family(guide, begin, params)
 
 
-def coupled_degree(own: Any, num_active: int) -> int | None:
-    """The degree of the polynomials of a guide, declared so, in whose frame the coordinates across
-    are coupled; None of others."""
+def num_nodes_of(own: Any) -> int | None:
+    """Between how many nodes the splines of a guide, declared so, are; None where there are none."""
     frame = own.get("frame", {})
-    return degree_of(len(frame["shifts"].init), num_active) if "coupled" in frame else None
+    return len(frame["coupled"]["nodes"].init) if "coupled" in frame else None
 
 
 def everywhere(own: Any, chosen: Any, df: int, where: str, xp: Any) -> Mixture:

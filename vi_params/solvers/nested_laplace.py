@@ -1,10 +1,9 @@
 """A Gaussian whose mean and precision across a few directions follow them: nested Laplace.
 
 Let `Frame` fix a few directions a. At nodes along them, the mode c(a) of what is across and its
-precision H(a) are found by Newton's method, Hessians by differences of gradients. Polynomials in a,
-fitted to the nodes by least squares, stand for all of them: of the mode, and of the modified
-Cholesky factor of H, whose entries are regressions and log scales without constraints (Pourahmadi,
-1999, Biometrika 86). With the latents given which a posterior is nearly Gaussian
+precision H(a) are found by Newton's method, Hessians by differences of gradients. Splines in a
+through the nodes stand for all others: of the mode, and of the modified Cholesky factor of H, whose
+entries are regressions and log scales without constraints (Pourahmadi, 1999, Biometrika 86). With the latents given which a posterior is nearly Gaussian
 (`third_derivative`) that is the conditional of an integrated nested Laplace approximation (Rue,
 Martino and Chopin, 2009, Approximate Bayesian inference for latent Gaussian models by using
 integrated nested Laplace approximations, JRSS B 71), for any density with few such latents, and a
@@ -17,10 +16,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.special import ndtri
+from scipy.special import chdtri, ndtri
 from scipy.stats import qmc
 
-from vi_params._arrays import exact, in_turn, repeated
+from vi_params._arrays import cholesky, exact, in_turn, repeated
 from vi_params._cache import program
 from vi_params._check import explain, require_count, require_instance
 from vi_params._compile import Quick
@@ -30,7 +29,7 @@ from vi_params.guide import Guide
 from vi_params.guides import active_mixture
 from vi_params.guides.active_mixture import Across, Parts
 from vi_params.guides.contaminated import SCALES, WEIGHTS
-from vi_params.guides.frame import Coupled, Frame, num_terms, powers, unbent
+from vi_params.guides.frame import Coupled, Frame, spline_terms, unbent
 from vi_params.guides.location_scale import require_gaussian
 from vi_params.guides.mixture import Components
 from vi_params.importance import at_once
@@ -43,11 +42,12 @@ from vi_params.target import Target, flat, whole
 
 WHERE = "solvers.nested_laplace"
 
-NODES, SPREAD = 64, 1.5
-"""How many nodes there are, and how far they lie apart, in standard deviations."""
+NODES, MOST_NODES = {1: 32, 2: 64, 3: 96}, 128
+"""How many nodes there are along so many directions, and along more."""
 
-DEGREES = {1: 4, 2: 3, 3: 3}
-"""The degree of the polynomials along so many directions; two along more."""
+SPREAD, DF = 1.3, 5
+"""The nodes lie as draws of a Student-t distribution with this scale, in standard deviations, and
+so many degrees of freedom do: the tails of scales are heavy."""
 
 STEPS = 4
 """How many steps of Newton's method are made."""
@@ -62,11 +62,11 @@ EASED, DAMPED = 0.25, 8.0
 CLOSE = 0.5
 """A node counts whose last step, in standard deviations across, is shorter."""
 
-ENOUGH = 1.5
-"""How many nodes must count, for each term of the polynomials."""
+ENOUGH = 0.5
+"""The share of the nodes that must count."""
 
-RIDGE, FLOOR = 1e-6, 0.02
-"""What is added to the normal equations, for every node, and what far nodes count at least."""
+RIDGE = 1e-8
+"""What is added to the diagonal of the splines' equations."""
 
 
 class Nodes(NamedTuple):
@@ -74,13 +74,11 @@ class Nodes(NamedTuple):
 
     Attributes:
         a: the places, shape (num_nodes, num_active).
-        weights: how they count, shape (num_nodes,).
-        centre: the origin of the polynomials, shape (num_active,).
+        centre: the origin of the splines, shape (num_active,).
         unit: their units, shape (num_active,).
     """
 
     a: Any
-    weights: Any
     centre: Any
     unit: Any
 
@@ -104,7 +102,7 @@ def nested_laplace(
         num_active: how many latents, fewer than there are dimensions.
 
     Returns:
-        A `Solution` with a `vi.guides.active_mixture` guide of a degree; `info` is that of
+        A `Solution` with a `vi.guides.active_mixture` guide with nodes; `info` is that of
         `solution`.
 
     Raises:
@@ -180,13 +178,13 @@ def _build(target: Target, start: Guide, num_active: int) -> tuple[Guide, Quick]
 
 def nested_guide(target: Target, name: str, num_active: int) -> Guide:
     """The guide of a nested Laplace approximation."""
-    degree = degree_for(num_active)
-    return active_mixture(target, len(SCALES), num_active, degree=degree, name=name)
+    num_nodes = num_nodes_for(num_active)
+    return active_mixture(target, len(SCALES), num_active, num_nodes=num_nodes, name=name)
 
 
-def degree_for(num_active: int) -> int:
-    """The degree of polynomials along so many directions."""
-    return DEGREES.get(num_active, 2)
+def num_nodes_for(num_active: int) -> int:
+    """How many nodes there are along so many directions."""
+    return NODES.get(num_active, MOST_NODES)
 
 
 def whitened(
@@ -217,13 +215,19 @@ def contaminated(frame: Frame, xp: Any = jnp) -> Mixture:
     return Mixture(Parts(components, Across(across, xp.ones_like(across))), frame)
 
 
+def spread_nodes(num_active: int, number: int) -> np.ndarray:
+    """Points of a Sobol sequence as draws of a Student-t distribution, shape (number, num_active):
+    for standard deviations one."""
+    points = qmc.Sobol(num_active + 1, scramble=False).random(2 ** number.bit_length())
+    points = points[1 : number + 1]
+    return SPREAD * ndtri(points[:, 1:]) * np.sqrt(DF / chdtri(DF, points[:, :1]))
+
+
 def first_nodes(num_active: int, dtype: Any, xp: Any = jnp) -> Nodes:
-    """Points of a Sobol sequence, normal, about the Gaussian's location."""
-    points = qmc.Sobol(num_active, scramble=False).random(2 * NODES)[1 : NODES + 1]
-    a = SPREAD * ndtri(points)
-    weights = np.exp(-0.25 * np.sum(a**2, axis=1)) + FLOOR
+    """Those about a Gaussian's location."""
+    a = spread_nodes(num_active, num_nodes_for(num_active))
     blank = np.zeros(num_active)
-    return Nodes(*(xp.asarray(one, dtype) for one in (a, weights, blank, blank + 1)))
+    return Nodes(*(xp.asarray(one, dtype) for one in (a, blank, blank + 1)))
 
 
 def nested_frame(
@@ -297,34 +301,41 @@ def _modes(
 
 
 def _followed(frame: Frame, nodes: Nodes, c: Any, precision: Any, counts: Any, xp: Any) -> Frame:
-    """Polynomials through modes and precisions: H = R'R, R = diag(1 / s) (I + N)."""
+    """Splines through modes and precisions: H = R'R, R = diag(1 / s) (I + N)."""
     number, rest = c.shape
-    degree = degree_for(frame.num_active)
 
     def factor(row: tuple) -> Any:
         """R; NaN where H is not positive definite."""
         precision, counts = row
         usable = counts & xp.all(xp.isfinite(precision))
         safe = xp.where(usable, precision, xp.eye(rest, dtype=precision.dtype))[::-1, ::-1]
-        if xp is np and np.linalg.eigvalsh(safe)[0] <= 0:
-            return np.full_like(safe, np.nan)
-        root = xp.linalg.cholesky(safe)[::-1, ::-1].T
-        return xp.where(usable, root, xp.nan)
+        return xp.where(usable, cholesky(safe, xp)[::-1, ::-1].T, xp.nan)
 
     factors = in_turn(factor, (precision, counts), xp)
     scales = xp.diagonal(factors, axis1=1, axis2=2)
     found = [c, -xp.log(scales), (factors / scales[:, :, None]).reshape(number, -1)]
     found = xp.concatenate(found, axis=1)
     usable = xp.all(xp.isfinite(found), axis=1)
-    found = xp.where(usable[:, None], found, 0.0)
     x = (nodes.a - nodes.centre) / nodes.unit
-    terms, weights = powers(x, degree, xp), xp.where(usable, nodes.weights, 0.0)
-    left = exact((weights[:, None] * terms).T, terms, xp)
-    left = left + RIDGE * number * xp.eye(terms.shape[1], dtype=c.dtype)
-    fitted = xp.linalg.solve(left, exact((weights[:, None] * terms).T, found, xp))
-    enough = xp.sum(usable) >= ENOUGH * num_terms(frame.num_active, degree)
-    fitted = xp.where(enough & xp.all(xp.isfinite(fitted)), fitted, 0.0)
+    fitted = _splines(x, xp.where(usable[:, None], found, 0.0), usable, xp)
+    enough = (xp.sum(usable) >= ENOUGH * number) & xp.all(xp.isfinite(fitted))
+    fitted = xp.where(enough, fitted, 0.0)
     shifts, log_scales, couplings = xp.split(fitted, [rest, 2 * rest], axis=1)
     couplings = xp.tril(couplings.reshape(-1, rest, rest), -1)
-    coupled = Coupled(couplings, nodes.centre, nodes.unit)
+    coupled = Coupled(couplings, x, nodes.centre, nodes.unit)
     return frame._replace(shifts=shifts, log_scales=log_scales, coupled=coupled)
+
+
+def _splines(x: Any, values: Any, usable: Any, xp: Any) -> Any:
+    """The coefficients of splines through values at usable nodes x: of one, x and the cubes, which
+    are orthogonal to what is linear; zero of nodes that are not usable."""
+    number, dtype = len(x), x.dtype
+    terms = spline_terms(x, x, xp)
+    num_linear = terms.shape[1] - number
+    linear = terms[:, :num_linear] * usable[:, None]
+    cubes = terms[:, num_linear:] * (usable[:, None] & usable)
+    cubes = cubes + xp.diag(xp.where(usable, RIDGE, 1.0).astype(dtype))
+    corner = -RIDGE * xp.eye(num_linear, dtype=dtype)
+    top, bottom = xp.concatenate([linear, cubes], 1), xp.concatenate([corner, linear.T], 1)
+    right = xp.concatenate([values, xp.zeros((num_linear, values.shape[1]), dtype)])
+    return xp.linalg.solve(xp.concatenate([top, bottom]), right)
