@@ -479,7 +479,7 @@ def test_directions_of_the_rounds(different, expected):
     assert num_active_of({"loc": np.zeros(20), "scale_tril": np.eye(20)}, slopes) is None
     assert num_active_of({"weights": np.ones(2) / 2}, None) is None
     frame = unbent(np.zeros(40), np.eye(40), np.eye(40), 1, np)
-    assert num_active_of({"frame": frame._asdict()}, None) == 1
+    assert num_active_of({"frame": frame.values}, None) == 1
 
 
 def test_few_gradients_make_no_directions():

@@ -16,7 +16,7 @@ from vi_params.approximation.judge import BATCH, QUICK, generator, judge_of_guid
 from vi_params.approximation.proposals import proposal_of
 from vi_params.guide import Draw
 from vi_params.guides.active_mixture import Across, Parts
-from vi_params.guides.frame import Frame
+from vi_params.guides.frame import Coupled, Frame
 from vi_params.guides.mixture import Components
 from vi_params.solvers.mixture_families import Mixture
 
@@ -52,20 +52,37 @@ def free():
     return guide, along._asdict(), Mixture(Parts(along, Across(nothing, nothing)), None)
 
 
-def along_two():
+def coupled():
+    """Splines and regressions across."""
+    random = np.random.default_rng(4)
+    sizes = np.repeat([0.2, 1e-3], [3, 5])
+    shifts, log_scales = sizes[:, None] * random.standard_normal((2, 8, 3))
+    weights = sizes[:, None, None] * random.standard_normal((8, 3, 3))
+    nodes, unit = random.standard_normal((5, 2)), np.array([2.0, 0.5])
+    return shifts, log_scales, Coupled(weights, nodes, 0.1 * unit, unit)
+
+
+def along_two(coupled=None):
     random = np.random.default_rng(2)
     across = Across(random.standard_normal((3, 3)), np.exp(0.3 * random.standard_normal((3, 3))))
     shifts, log_scales = 0.3 * random.standard_normal((2, 3, 3))
     rotation, tilts = stats.ortho_group.rvs(DIM, random_state=3), np.array([0.5, 0.0, -0.3])
     frame = Frame(LOC, ROOT, rotation, shifts, log_scales, tilts)
+    if coupled is not None:
+        shifts, log_scales, following = coupled
+        frame = frame._replace(shifts=shifts, log_scales=log_scales, coupled=following)
     along = components(2)
     values = {
         "along": along._asdict(),
         "across": across._asdict(),
-        "frame": frame._asdict(),
+        "frame": frame.values,
     }
-    guide = vi.guides.active_mixture(TARGET, 3, 2, df=6)
+    guide = vi.guides.active_mixture(TARGET, 3, 2, df=6, num_nodes=coupled and 5)
     return guide, values, Mixture(Parts(along, across), frame)
+
+
+def along_splines():
+    return along_two(coupled())
 
 
 def normals():
@@ -73,7 +90,7 @@ def normals():
     return vi.guides.mixture(TARGET, 3), values, mixture
 
 
-@pytest.mark.parametrize("make", [gaussian, free, along_two, normals])
+@pytest.mark.parametrize("make", [gaussian, free, along_two, along_splines, normals])
 def test_a_proposal_is_its_guide(make):
     """The density at the proposal's draws is that of the guide, and moments are those of the
     guide's draws, within four and a half standard errors."""

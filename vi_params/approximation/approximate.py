@@ -190,15 +190,15 @@ def _tried(
             named = fold_in_name(key, CONDITIONAL)
             candidates = [response, conditioned(target, response, named, data)]
             best, start = best_of(candidates), start_of(target, *candidates)
-    if polish and not best.is_enough and can_nest(target):
-        others = candidates[len(modes) > 1 :] if len(modes) > 1 else []
-        found = nested(pool, target, candidates[0], others, fold_in_name(key, NESTED), data)
+    is_done = best.is_enough
+    if polish and not is_done and can_nest(target):
+        merged = candidates[1:] if len(modes) > 1 else []
+        named = fold_in_name(key, NESTED)
+        found = nested(pool, target, candidates[0], merged, named, data)
+        best = best_of([*candidates, *found])
         candidates += found
-        best = best_of(candidates)
-        is_done = any(one.is_trustworthy and one.is_shown for one in found)
-    else:
-        is_done = False
-    if polish and not best.is_enough and not is_done and can_polish(target, start):
+        is_done = best.is_enough or any(one.is_trustworthy and one.is_determined for one in found)
+    if polish and not is_done and can_polish(target, start):
         candidates.append(polished(pool, target, start, keys, data))
         best = best_of(candidates)
     if flow and not best.is_trustworthy and can_flow(candidates[0]):

@@ -82,8 +82,12 @@ class Candidate(NamedTuple):
     def is_good(self) -> bool:
         """Whether there is nothing left to gain."""
         k_hat, share = self.good
-        can_gain = self.spread is not None and self.spread.can_be_shown
-        return self.k_hat < k_hat and self.share > share and not can_gain
+        return self.k_hat < k_hat and self.share > share and self.is_determined
+
+    @property
+    def is_determined(self) -> bool:
+        """Whether there is no spread that other draws might show."""
+        return self.spread is None or not self.spread.can_be_shown
 
     @property
     def is_enough(self) -> bool:

@@ -14,7 +14,6 @@ from vi_params.approximation.optima import HESSIANS
 from vi_params.approximation.proposals import compile_params, mixture, params_of, values_of
 from vi_params.approximation.tails import HEAVY_ERROR
 from vi_params.guide import Guide
-from vi_params.guides.contaminated import SCALES
 from vi_params.solvers.conditional_gaussian import conditional, conditional_guide
 from vi_params.solvers.fixed_draws import DENSE as RESPONDED_AT_ONCE
 from vi_params.solvers.slopes import slopes_by_response

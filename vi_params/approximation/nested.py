@@ -1,4 +1,5 @@
-"""Where one Gaussian is not good enough: one given a few latents, whose mean and precision follow."""
+"""What follows where one Gaussian is not good enough: one given a few latents, whose mean and
+precision follow these, and a mixture along them."""
 
 import itertools
 import math
@@ -10,10 +11,11 @@ import numpy as np
 
 from vi_params._cache import program
 from vi_params.approximation.candidate import MISSED, Candidate, once
+from vi_params.approximation.conditional import has_many_latents
 from vi_params.approximation.judge import BATCH, judge_of_proposal
 from vi_params.approximation.optima import HESSIANS
-from vi_params.approximation.polish import polish
-from vi_params.approximation.proposals import log_density_of, mixture, params_of, values_of
+from vi_params.approximation.polish import Course, polish
+from vi_params.approximation.proposals import log_density_of, mixture, values_of
 from vi_params.approximation.result import resampled
 from vi_params.guides.active_mixture import Across
 from vi_params.guides.frame import Frame
@@ -36,10 +38,14 @@ from vi_params.solvers.weighted_em import moments
 from vi_params.target import Target, flat
 
 LARGEST = 100
-"""The largest dimension in which it is tried: the third derivatives take dim^2 gradients."""
+"""The largest dimension in which it is tried: third derivatives take dim^2 gradients, and more than
+a hundred Hessians 2 dim of them each."""
 
-NESTED = "nested Laplace"
-"""What it is called."""
+NESTED, POLISHED = "nested Laplace", "nested Laplace, polished"
+"""What it is called, and what rounds make of it."""
+
+DRAWS = 8000
+"""How many draws a round makes: along few directions these are enough."""
 
 WELL = 0.3
 """The share of effective draws above which the nodes are where the posterior is."""
@@ -53,7 +59,7 @@ STEPS = 2
 
 def can_nest(target: Target) -> bool:
     """Whether it is worth trying."""
-    return flat(target).dim <= LARGEST
+    return has_many_latents(target) and flat(target).dim <= LARGEST
 
 
 def nested(
@@ -87,14 +93,11 @@ def nested(
     frame = nested_frame(along(loc, scale_tril, directions, np), gradient, xp=np)
     found = contaminated(frame, np)
     judge = judge_of_proposal(target, mixture(found, None), begun.params, data, BATCH)
-    (name,) = begun.guide.declared
-    guide = program(nested_guide, target, name, frame.num_active)
-    solution = begun._replace(guide=guide, params={**begun.params, **params_of(guide, found)})
-    start = once(NESTED, solution, judge, next(keys))
+    start = once(NESTED, begun, judge, next(keys))
 
     def reframed(now: Mixture, drawn: Weighted) -> Mixture:
         """With nodes where the weighted draws are."""
-        if drawn.smoothed.ess > WELL * len(drawn.log_ratios):
+        if now.frame is None or drawn.smoothed.ess > WELL * len(drawn.log_ratios):
             return now
         nodes = _nodes(now.frame, drawn, next(keys))
         across = now.parts.across
@@ -102,7 +105,10 @@ def nested(
         parts = now.parts._replace(across=blank)
         return Mixture(parts, nested_frame(now.frame, gradient, nodes, STEPS, np))
 
-    best = polish(pool, target, start, keys, data, reframed, DF)
+    (name,) = begun.guide.declared
+    guide = program(nested_guide, target, name, frame.num_active)
+    course = Course(guide, {"frame": frame.values}, POLISHED, DRAWS, DF, reframed)
+    best = polish(pool, target, start, keys, data, course)
     return [] if any(_misses(best, other) for other in others) else [best]
 
 
@@ -112,7 +118,8 @@ def _nodes(frame: Frame, drawn: Weighted, key: jax.Array) -> Nodes:
     a = frame.straight(np.asarray(drawn.position, float), np)[:, : frame.num_active]
     mean, root = moments(a, weights, np)
     number = num_nodes_for(frame.num_active)
-    chosen = a[resampled(key, np.log(weights))][: number // 2]
+    with np.errstate(divide="ignore"):
+        chosen = a[resampled(key, np.log(weights))][: number // 2]
     about = mean + spread_nodes(frame.num_active, number - len(chosen)) @ root.T
     return Nodes(np.concatenate([chosen, about]), mean, np.sqrt(np.sum(root**2, axis=1)))
 

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,6 +20,7 @@ from vi_params.importance import Weighted
 from vi_params.solvers.active import num_different
 from vi_params.solvers.mixture_families import Mixture
 from vi_params.solvers.population_monte_carlo import DF, Population, population
+from vi_params.solvers.solution import Solution
 from vi_params.target import Target, flat
 
 COMPONENTS, MORE_COMPONENTS = 16, 32
@@ -77,14 +78,39 @@ def start_of(target: Target, response: Candidate, conditional: Candidate) -> Can
     return conditional if is_much and flat(target).dim <= FREE else response
 
 
+class Course(NamedTuple):
+    """What rounds begin with, and how they are made.
+
+    Attributes:
+        guide: of what they begin with.
+        own: its constrained parameters.
+        name: what they end with is called.
+        num_draws: how many a round makes.
+        df: the components' degrees of freedom.
+        reframed: makes a better frame for a mixture from its weighted draws; None to leave it.
+    """
+
+    guide: Guide
+    own: Any
+    name: str
+    num_draws: int
+    df: int
+    reframed: Callable[[Mixture, Weighted], Mixture] | None = None
+
+
+def course_of(target: Target, begun: Solution) -> Course:
+    """That of rounds from a solution."""
+    num_draws = DRAWS if has_many_latents(target) else FEWER_DRAWS
+    return Course(begun.guide, values_of(begun), POLISHED, num_draws, DF)
+
+
 def polish(
     pool: Executor,
     target: Target,
     start: Candidate,
     keys: Iterator[jax.Array],
     data: Any,
-    reframed: Callable[[Mixture, Weighted], Mixture] | None = None,
-    df: int = DF,
+    course: Course | None = None,
 ) -> Candidate:
     """The best mixture of some rounds of population Monte Carlo, judged by fresh draws.
 
@@ -94,19 +120,15 @@ def polish(
         start: what it starts from.
         keys: random keys.
         data: the data.
-        reframed: makes a better frame for a mixture from its weighted draws; a start that has one
-            has few directions, along which fewer draws are enough.
-        df: the components' degrees of freedom.
+        course: how the rounds are made; as for the solution of `start` where None.
     """
     begun = start.solution
-    own = values_of(begun)
+    guide, own, name, num_draws, df, reframed = course or course_of(target, begun)
     slopes = jax.device_get(begun.slopes)
     num_active = num_active_of(own, slopes)
     is_far = num_active is None and start.share < FAR
     num_components = MORE_COMPONENTS if is_far else COMPONENTS
-    rounds = _rounds(pool, target, begun.guide, num_active, num_components, df)
-    num_draws = DRAWS if has_many_latents(target) and reframed is None else FEWER_DRAWS
-    name = POLISHED if reframed is None else f"{start.name}, polished"
+    rounds = _rounds(pool, target, guide, num_active, num_components, df)
 
     def judged(now: Mixture) -> Candidate:
         judge = judge_of_proposal(target, mixture(now, df), begun.params, data, num_draws)
@@ -124,7 +146,7 @@ def polish(
 
     now, found = _settled(begin(), judged, refit)
     for _ in range(WIDENED):
-        if not found.is_trustworthy or found.spread is None or not found.spread.can_be_shown:
+        if not found.is_trustworthy or found.is_determined:
             break
         wider = refit(now, towards_spreads(*found.batches))
         best = best_of([found, confirmed(judged(wider), judged(wider))])

@@ -20,7 +20,7 @@ from vi_params.guides.active_mixture import Across, Parts, part_terms
 from vi_params.guides.contaminated import SCALES, WEIGHTS
 from vi_params.guides.frame import frame_of
 from vi_params.guides.mixture import Components, log_elliptical
-from vi_params.params import constrain, init_params, unconstrain
+from vi_params.params import Param, constrain, unconstrain
 from vi_params.solvers.mixture_families import Mixture
 from vi_params.solvers.solution import Solution
 
@@ -134,11 +134,16 @@ def compile_params(pool: Executor, guide: Guide) -> None:
 
 
 def _shapes(guide: Guide) -> Any:
-    """Of the constrained parameters of a guide's family."""
-    declared, key = guide.declared, jax.eval_shape(lambda: jax.random.key(0))
-    values = jax.eval_shape(lambda key: constrain(declared, init_params(declared, key)), key)
-    (name,) = declared
-    return values[name]
+    """Of the constrained parameters of a guide's family, as arrays that are not there."""
+    key, dtype = jax.eval_shape(lambda: jax.random.key(0)), jax.dtypes.canonicalize_dtype(float)
+
+    def shape(param: Param) -> Any:
+        init = param.init
+        where = jax.eval_shape(init, key).shape if callable(init) else np.shape(init)
+        return jax.ShapeDtypeStruct(where, dtype)
+
+    (own,) = guide.declared.values()
+    return jax.tree.map(shape, own, is_leaf=lambda leaf: isinstance(leaf, Param))
 
 
 def _params(guide: Guide) -> Quick:

@@ -8,19 +8,19 @@ skewed:
 
 T the sinh-arcsinh transform of its tilt (`sinh_arcsinh`). With l_1 = 0 and no tilt what is normal
 in y is normal over all; l_1 makes necks like those of funnels, tilts make the skewed latents of
-counts. Where the coordinates across are coupled, their regressions on those before them follow, too
-(the modified Cholesky decomposition: Pourahmadi, 1999, Joint mean-covariance models with
-applications to longitudinal data, Biometrika 86), and all are splines between nodes along: with
-p(a) one, a and |a - a_k|^3 for each node, in units of their own (polyharmonic splines: Duchon, 1977,
-Splines minimizing rotation-invariant semi-norms in Sobolev spaces),
-
-    c = m(a) + (I + N(a))^-1 s(a) T(b),   log s = p(a) l,   m = p(a) h,   N = p(a) n,
-
-N strictly lower triangular. Tan, Bhaskaran and Nott (2020), Conditionally structured variational Gaussian approximation
+counts. Tan, Bhaskaran and Nott (2020), Conditionally structured variational Gaussian approximation
 with importance weights, Statistics and Computing 30, let conditional covariances of local latents
 depend on global ones so; Smith, Loaiza-Maya and Nott (2020), High-dimensional copula variational
 approximation through transformation, Journal of Computational and Graphical Statistics 29, skew a
 Gaussian's coordinates by a transform of each.
+
+Where the coordinates across are coupled, their regressions on those before them follow, too (the
+modified Cholesky decomposition: Pourahmadi, 1999, Joint mean-covariance models with applications to
+longitudinal data, Biometrika 86), and all are splines between nodes a_k along (polyharmonic ones:
+Duchon, 1977, Splines minimizing rotation-invariant semi-norms in Sobolev spaces). With p(a) one, a
+and |a - a_k|^3 for each node, in units of their own, and N strictly lower triangular,
+
+    c = m(a) + (I + N(a))^-1 s(a) T(b),   log s = p(a) l,   m = p(a) h,   N = p(a) n.
 """
 
 from typing import Any, NamedTuple
@@ -121,37 +121,29 @@ class Frame(NamedTuple):
         """(I + N) c: what the regressions leave."""
         if self.coupled is None:
             return c
+        weights = self.coupled.weights
         if xp is jnp:
-            return _for_rows(lambda terms, c: exact(self._matrix(terms), c), terms, c)
+            return _for_rows(lambda terms, c: exact(_matrix(weights, terms), c), terms, c)
         found = np.array(c)
         for i in range(1, c.shape[-1]):
-            found[..., i] += self._regression(terms, c, i)
+            found[..., i] += _regression(weights, terms, c, i)
         return found
 
     def pulled(self, terms: Any, c: Any, xp: Any = jnp) -> Any:
         """(I + N)^-1 c, with the regressions."""
         if self.coupled is None:
             return c
+        weights = self.coupled.weights
         if xp is jnp:
 
             def solved(terms: Any, c: Any) -> Any:
-                return solve_triangular(self._matrix(terms), c, lower=True, unit_diagonal=True)
+                return solve_triangular(_matrix(weights, terms), c, lower=True, unit_diagonal=True)
 
             return _for_rows(solved, terms, c)
         found = np.array(c)
         for i in range(1, c.shape[-1]):
-            found[..., i] -= self._regression(terms, found, i)
+            found[..., i] -= _regression(weights, terms, found, i)
         return found
-
-    def _matrix(self, terms: Any) -> Any:
-        """I + N, in a program."""
-        lower = jnp.tril(jnp.tensordot(terms, self.coupled.weights, 1, precision="highest"), -1)
-        return lower + jnp.eye(len(lower), dtype=lower.dtype)
-
-    def _regression(self, terms: np.ndarray, c: np.ndarray, i: int) -> np.ndarray:
-        """Row i of N c, on the host: matrices for all draws would take too much memory."""
-        row = terms @ self.coupled.weights[:, i, :i]
-        return np.einsum("...j,...j->...", row, c[..., :i])
 
     def unconstrained(self, y: Any, xp: Any = jnp) -> Any:
         """The vectors u at coordinates y, shape (dim,) or (n, dim)."""
@@ -226,6 +218,17 @@ def spline_terms(x: Any, nodes: Any, xp: Any = jnp) -> Any:
     squares = xp.sum(x**2, axis=-1)[..., None] + xp.sum(nodes**2, axis=-1) - 2 * products
     squares = xp.maximum(squares, 0.0)
     return xp.concatenate([xp.ones_like(x[..., :1]), x, squares * xp.sqrt(squares)], axis=-1)
+
+
+def _matrix(weights: Any, terms: Any) -> Any:
+    """I + N, in a program."""
+    lower = jnp.tril(jnp.tensordot(terms, weights, 1, precision="highest"), -1)
+    return lower + jnp.eye(len(lower), dtype=lower.dtype)
+
+
+def _regression(weights: np.ndarray, terms: np.ndarray, c: np.ndarray, i: int) -> np.ndarray:
+    """Row i of N c, on the host: matrices for all draws would take too much memory."""
+    return np.einsum("...j,...j->...", terms @ weights[:, i, :i], c[..., :i])
 
 
 def _for_rows(f: Any, terms: Any, c: Any) -> Any:

@@ -102,7 +102,7 @@ def family(
 
 
 def num_nodes_of(own: Any) -> int | None:
-    """Between how many nodes the splines of a guide, declared so, are; None where there are none."""
+    """How many nodes the splines of a guide have, from its parameters as declared; None without."""
     frame = own.get("frame", {})
     return len(frame["coupled"]["nodes"].init) if "coupled" in frame else None
 

@@ -3,11 +3,11 @@
 Let `Frame` fix a few directions a. At nodes along them, the mode c(a) of what is across and its
 precision H(a) are found by Newton's method, Hessians by differences of gradients. Splines in a
 through the nodes stand for all others: of the mode, and of the modified Cholesky factor of H, whose
-entries are regressions and log scales without constraints (Pourahmadi, 1999, Biometrika 86). With the latents given which a posterior is nearly Gaussian
-(`third_derivative`) that is the conditional of an integrated nested Laplace approximation (Rue,
-Martino and Chopin, 2009, Approximate Bayesian inference for latent Gaussian models by using
-integrated nested Laplace approximations, JRSS B 71), for any density with few such latents, and a
-guide: it is drawn from, and judged, exactly.
+entries are regressions and log scales without constraints (Pourahmadi, 1999, Biometrika 86). With
+the latents given which a posterior is nearly Gaussian (`third_derivative`) that is the conditional
+of an integrated nested Laplace approximation (Rue, Martino and Chopin, 2009, Approximate Bayesian
+inference for latent Gaussian models by using integrated nested Laplace approximations, JRSS B 71),
+for any density with few such latents, and a guide: it is drawn from, and judged, exactly.
 """
 
 from collections.abc import Callable
@@ -52,12 +52,13 @@ so many degrees of freedom do: the tails of scales are heavy."""
 STEPS = 4
 """How many steps of Newton's method are made."""
 
-FLAT, LONGEST = 0.05, 3.0
+FLAT, LONGEST = 1e-3, 10.0
 """The least curvature that a step takes for one, and the longest step, for each square root of a
 dimension: in standard deviations."""
 
-EASED, DAMPED = 0.25, 8.0
-"""By which factor damping falls after a step that lowered the gradient, and grows after another."""
+EASED, DAMPED, DAMPING = 0.25, 8.0, 0.05
+"""By which factor damping falls after a step that lowered the gradient, by which it grows after
+another, and by how much besides."""
 
 CLOSE = 0.5
 """A node counts whose last step, in standard deviations across, is shorter."""
@@ -249,7 +250,8 @@ def nested_frame(
     num_active = frame.num_active
     nodes = first_nodes(num_active, frame.loc.dtype, xp) if nodes is None else nodes
     straight = whitened(gradient, frame.loc, frame.scale_tril, frame.rotation, xp)
-    c, precision, counts = _modes(straight, nodes.a, frame.across(nodes.a, xp)[0], steps, xp)
+    means, *_ = frame.across(nodes.a, xp)
+    c, precision, counts = _modes(straight, nodes.a, means, steps, xp)
     return _followed(frame, nodes, c, precision, counts, xp)
 
 
@@ -288,7 +290,7 @@ def _modes(
         ahead = c + in_turn(newton, (slope, precision, damping), xp)
         found = expanded(ahead)
         shorter = xp.sum(found[0] ** 2, axis=1) <= xp.sum(slope**2, axis=1)  # not where it is NaN
-        damping = xp.where(shorter, EASED * damping, DAMPED * damping + FLAT)
+        damping = xp.where(shorter, EASED * damping, DAMPED * damping + DAMPING)
         c = xp.where(shorter[:, None], ahead, c)
         slope = xp.where(shorter[:, None], found[0], slope)
         precision = xp.where(shorter[:, None, None], found[1], precision)

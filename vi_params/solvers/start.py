@@ -65,7 +65,8 @@ def data_of(target: Target, data: Any) -> Any:
 
 def lane_radii(lanes: int) -> jax.Array:
     """How far from zero each lane starts, as a multiple of the family's start."""
-    return jnp.array([RADII[i] if i < len(RADII) else 1.0 for i in range(lanes)])
+    with jax.ensure_compile_time_eval():  # it is kept: no tracer of the program that asks first
+        return jnp.array([RADII[i] if i < len(RADII) else 1.0 for i in range(lanes)])
 
 
 def nats(tolerance: float | None, where: str) -> float:

@@ -24,8 +24,8 @@ MOST = 4
 """How many latents are taken at most."""
 
 WORTH, LITTLE = 0.8, 0.3
-"""Another latent is taken where it leaves less than this share of |T|^2, and as long as more than so
-much is left."""
+"""Another latent is taken where it leaves less than this share of |T|^2, and as long as more than
+so much is left."""
 
 APART = 0.1
 """How much of a row must be orthogonal to those before it."""
