@@ -20,12 +20,11 @@ from vi_params.approximation.result import resampled
 from vi_params.guides.active_mixture import Across
 from vi_params.guides.frame import Frame
 from vi_params.importance import Weighted
-from vi_params.solvers.mixture_families import Mixture
+from vi_params.solvers.mixture_families import Mixture, contaminated
 from vi_params.solvers.nested_laplace import (
     DF,
     Nodes,
     along,
-    contaminated,
     nested_frame,
     nested_guide,
     num_nodes_for,

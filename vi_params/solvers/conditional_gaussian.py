@@ -12,14 +12,12 @@ from vi_params._compile import Quick
 from vi_params._tree import pick
 from vi_params.guide import Guide
 from vi_params.guides import active_mixture, contaminated_normal
-from vi_params.guides.active_mixture import Across, Parts
-from vi_params.guides.contaminated import SCALES, WEIGHTS
+from vi_params.guides.contaminated import SCALES
 from vi_params.guides.location_scale import require_gaussian
-from vi_params.guides.mixture import Components
 from vi_params.importance import at_once, weigh
 from vi_params.params import constrain, unconstrain
 from vi_params.solvers.conditional_frame import conditional_frame
-from vi_params.solvers.mixture_families import Mixture
+from vi_params.solvers.mixture_families import Mixture, contaminated, require_room
 from vi_params.solvers.slopes import GRADIENTS, slopes_at
 from vi_params.solvers.solution import Slopes, Solution, own_name
 from vi_params.solvers.start import data_of
@@ -88,17 +86,7 @@ def conditional_gaussian(
     where = f"{WHERE}, solution"
     require_instance(solution, Solution, "vi.linear_response(...)", where)
     name, target = own_name(solution.guide, where), whole(target)
-    dim = flat(target).dim
-    require_count(num_active, "num_active", WHERE)
-    if num_active >= dim:
-        raise ValueError(
-            explain(
-                "Nothing is left across the directions.",
-                expected=f"fewer directions than dimensions, of which there are {dim}",
-                received=f"num_active={num_active}",
-                where=WHERE,
-            )
-        )
+    require_room(num_active, flat(target).dim, WHERE)
     require_count(num_draws, "num_draws", WHERE, least=25)
     if key is not None:
         require_key(key, WHERE)
@@ -138,16 +126,7 @@ def conditional(own: Any, slopes: Slopes, num_active: int, xp: Any = jnp) -> Mix
     """The conditional Gaussian of a Gaussian's constrained parameters, in a program or on the
     host."""
     loc, scale_tril = require_gaussian(own, f"{WHERE}, solution")
-    dtype, rest = loc.dtype, len(loc) - num_active
-    scales = xp.asarray(SCALES, dtype)
-    along = Components(
-        xp.asarray(WEIGHTS, dtype),
-        xp.zeros((len(SCALES), num_active), dtype),
-        scales[:, None, None] * xp.eye(num_active, dtype=dtype),
-    )
-    across = xp.zeros((len(SCALES), rest), dtype)
-    frame = conditional_frame(loc, scale_tril, slopes, num_active, xp)
-    return Mixture(Parts(along, Across(across, xp.ones_like(across))), frame)
+    return contaminated(conditional_frame(loc, scale_tril, slopes, num_active, xp), xp)
 
 
 def _build(target: Target, start: Guide, num_active: int, num_draws: int) -> tuple[Guide, Quick]:

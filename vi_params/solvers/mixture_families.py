@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vi_params._check import explain
+from vi_params._check import explain, require_count
 from vi_params._tree import all_finite, where_tree
 from vi_params.guide import Guide
 from vi_params.guides import active_mixture, mixture
 from vi_params.guides.active_mixture import Across, Parts
+from vi_params.guides.contaminated import SCALES, WEIGHTS
 from vi_params.guides.frame import Frame, frame_of
 from vi_params.guides.location_scale import require_gaussian
 from vi_params.guides.mixture import Components, log_terms
@@ -135,6 +136,33 @@ def along_few(own: Any, chosen: Any, slopes: Any, num_active: int, where: str, x
     blank = xp.zeros((len(chosen), dim - num_active), dtype)
     along = Components(_equal(chosen, xp), locs, scale_trils)
     return Mixture(Parts(along, Across(blank, xp.ones_like(blank))), frame)
+
+
+def contaminated(frame: Frame, xp: Any = jnp) -> Mixture:
+    """The frame's Gaussian along and across its directions, with wider parts along them."""
+    num_active, dtype, number = frame.num_active, frame.loc.dtype, len(SCALES)
+    scales = xp.asarray(SCALES, dtype)
+    components = Components(
+        xp.asarray(WEIGHTS, dtype),
+        xp.zeros((number, num_active), dtype),
+        scales[:, None, None] * xp.eye(num_active, dtype=dtype),
+    )
+    across = xp.zeros((number, len(frame.loc) - num_active), dtype)
+    return Mixture(Parts(components, Across(across, xp.ones_like(across))), frame)
+
+
+def require_room(num_active: int, dim: int, where: str) -> None:
+    """Raises unless directions leave something across them."""
+    require_count(num_active, "num_active", where)
+    if num_active >= dim:
+        raise ValueError(
+            explain(
+                "Nothing is left across the directions.",
+                expected=f"fewer directions than dimensions, of which there are {dim}",
+                received=f"num_active={num_active}",
+                where=where,
+            )
+        )
 
 
 def require_directions(frame: Frame, num_active: int, where: str) -> None:

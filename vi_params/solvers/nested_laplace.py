@@ -21,20 +21,18 @@ from scipy.stats import qmc
 
 from vi_params._arrays import cholesky, exact, in_turn, repeated
 from vi_params._cache import program
-from vi_params._check import explain, require_count, require_instance
+from vi_params._check import explain, require_instance
 from vi_params._compile import Quick
 from vi_params._over import over
 from vi_params._tree import pick
 from vi_params.guide import Guide
 from vi_params.guides import active_mixture
-from vi_params.guides.active_mixture import Across, Parts
-from vi_params.guides.contaminated import SCALES, WEIGHTS
+from vi_params.guides.contaminated import SCALES
 from vi_params.guides.frame import Coupled, Frame, spline_terms, unbent
 from vi_params.guides.location_scale import require_gaussian
-from vi_params.guides.mixture import Components
 from vi_params.importance import at_once
 from vi_params.params import constrain, unconstrain
-from vi_params.solvers.mixture_families import Mixture
+from vi_params.solvers.mixture_families import contaminated, require_room
 from vi_params.solvers.solution import Solution, own_name
 from vi_params.solvers.start import data_of
 from vi_params.solvers.third_derivative import fixed_directions, third_derivative
@@ -128,17 +126,7 @@ def nested_laplace(
     where = f"{WHERE}, solution"
     require_instance(solution, Solution, "vi.linear_response(...)", where)
     name, target, data = own_name(solution.guide, where), whole(target), data_of(target, data)
-    dim = flat(target).dim
-    require_count(num_active, "num_active", WHERE)
-    if num_active >= dim:
-        raise ValueError(
-            explain(
-                "Nothing is left across the directions.",
-                expected=f"fewer directions than dimensions, of which there are {dim}",
-                received=f"num_active={num_active}",
-                where=WHERE,
-            )
-        )
+    require_room(num_active, flat(target).dim, WHERE)
     if "scale_tril" not in solution.params[name]:
         raise ValueError(
             explain(
@@ -201,19 +189,6 @@ def along(loc: Any, scale_tril: Any, directions: Any, xp: Any = jnp) -> Frame:
     axes = xp.concatenate([directions, xp.eye(len(loc), dtype=loc.dtype)], axis=1)
     rotation = xp.linalg.qr(axes)[0]
     return unbent(loc, scale_tril, rotation, directions.shape[1], xp)
-
-
-def contaminated(frame: Frame, xp: Any = jnp) -> Mixture:
-    """The frame's Gaussian along and across its directions, with wider parts along them."""
-    num_active, dtype, number = frame.num_active, frame.loc.dtype, len(SCALES)
-    scales = xp.asarray(SCALES, dtype)
-    components = Components(
-        xp.asarray(WEIGHTS, dtype),
-        xp.zeros((number, num_active), dtype),
-        scales[:, None, None] * xp.eye(num_active, dtype=dtype),
-    )
-    across = xp.zeros((number, len(frame.loc) - num_active), dtype)
-    return Mixture(Parts(components, Across(across, xp.ones_like(across))), frame)
 
 
 def spread_nodes(num_active: int, number: int) -> np.ndarray:
