@@ -14,7 +14,7 @@ from vi_params.approximation.candidate import judged as candidate_of
 from vi_params.approximation.nested import LARGEST, can_nest, nested
 from vi_params.approximation.proposals import log_density_of
 from vi_params.guides.frame import CLIPPED, Coupled, Frame
-from vi_params.solvers.nested_laplace import (
+from vi_params.solvers.nested_frame import (
     Nodes,
     along,
     first_nodes,
@@ -25,6 +25,7 @@ from vi_params.solvers.nested_laplace import (
 from vi_params.solvers.third_derivative import fixed_directions, third_derivative
 
 KEY = jax.random.key(0)
+EPS = np.finfo(float).eps
 DIM, FIXED, NODES = 5, 2, 7
 ROOT = np.tril(0.3 * stats.norm.rvs(size=(DIM, DIM), random_state=1), -1) + np.eye(DIM)
 NUM_TERMS = 1 + FIXED + NODES
@@ -183,7 +184,7 @@ def test_modes_and_precisions_between_the_nodes(xp):
         def gradient(rows):
             return xp.asarray(jax.vmap(jax.grad(flat.log_density))(jnp.asarray(rows)))
 
-        found = nested_frame(frame, gradient, xp=xp)
+        found = nested_frame(frame, gradient, EPS, xp=xp)
         nodes = first_nodes(2, float, np).a
         near = nodes[np.max(np.abs(nodes), axis=1) < 1.5] + 0.15
         inside = nodes[np.max(np.abs(nodes), axis=1) < 2.5]
@@ -210,7 +211,7 @@ def zeros():
 def test_without_modes_nothing_follows():
     """Where no node has a mode the frame is the Gaussian's."""
     frame = along(np.zeros(3), np.eye(3), np.eye(3)[:, :1], np)
-    found = nested_frame(frame, lambda rows: np.full_like(rows, np.nan), xp=np)
+    found = nested_frame(frame, lambda rows: np.full_like(rows, np.nan), EPS, xp=np)
     y = stats.norm.rvs(size=(6, 3), random_state=0)
     np.testing.assert_allclose(found.unconstrained(y, np), frame.unconstrained(y, np))
 
@@ -224,7 +225,7 @@ def test_nodes_with_no_mode_do_not_count():
         return np.concatenate([-rows[:, :1], known - rows[:, 1:]], axis=1)
 
     a = np.linspace(-2.5, 2.5, 32)[:, None]
-    found = nested_frame(frame, gradient, Nodes(a, np.zeros(1), np.ones(1)), xp=np)
+    found = nested_frame(frame, gradient, EPS, Nodes(a, np.zeros(1), np.ones(1)), xp=np)
     inside = np.linspace(-1.5, 1.5, 9)
     at = found.unconstrained(np.stack([inside, 0 * inside], axis=1), np)
     np.testing.assert_allclose(at[:, 1], np.sin(inside), atol=1e-3)

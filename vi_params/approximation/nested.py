@@ -21,16 +21,17 @@ from vi_params.guides.active_mixture import Across
 from vi_params.guides.frame import Frame
 from vi_params.importance import Weighted
 from vi_params.solvers.mixture_families import Mixture, contaminated
-from vi_params.solvers.nested_laplace import (
+from vi_params.solvers.nested_frame import (
     DF,
     Nodes,
     along,
     nested_frame,
-    nested_guide,
     num_nodes_for,
+    precision_of,
     spread_nodes,
     whitened,
 )
+from vi_params.solvers.nested_laplace import nested_guide
 from vi_params.solvers.slopes import evened, gradient_on_host
 from vi_params.solvers.third_derivative import fixed_directions, third_derivative
 from vi_params.solvers.weighted_em import moments
@@ -89,7 +90,8 @@ def nested(
     if not directions.shape[1]:
         return []
     keys = (jax.random.fold_in(key, i) for i in itertools.count())
-    frame = nested_frame(along(loc, scale_tril, directions, np), gradient, xp=np)
+    eps = precision_of(begun.noise)
+    frame = nested_frame(along(loc, scale_tril, directions, np), gradient, eps, xp=np)
     found = contaminated(frame, np)
     judge = judge_of_proposal(target, mixture(found, None), begun.params, data, BATCH)
     start = once(NESTED, begun, judge, next(keys))
@@ -102,7 +104,7 @@ def nested(
         across = now.parts.across
         blank = Across(np.zeros_like(across.locs), np.ones_like(across.scales))
         parts = now.parts._replace(across=blank)
-        return Mixture(parts, nested_frame(now.frame, gradient, nodes, STEPS, np))
+        return Mixture(parts, nested_frame(now.frame, gradient, eps, nodes, STEPS, np))
 
     (name,) = begun.guide.declared
     guide = program(nested_guide, target, name, frame.num_active)
