@@ -1,6 +1,7 @@
 """A Gaussian whose mean and precision follow the latents that keep a posterior from being one."""
 
 import jax
+import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -23,6 +24,8 @@ from vi_params.solvers.nested_frame import (
     spread_nodes,
 )
 from vi_params.solvers.third_derivative import fixed_directions, third_derivative
+
+enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 
 KEY = jax.random.key(0)
 EPS = np.finfo(float).eps
@@ -82,7 +85,7 @@ def share(target, found, key=1):
 def test_a_coupled_frame_there_and_back():
     """Coordinates are undone, their Jacobian is that of autodiff, and the host's numbers are the
     program's, within reach of the nodes and beyond."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         frame = jax.tree.map(jnp.asarray, FRAME)
         y = stats.norm.rvs(size=(20, DIM), random_state=7)
         y = np.concatenate([y, np.full((1, DIM), 2 * CLIPPED)])
@@ -101,7 +104,7 @@ def test_a_coupled_frame_there_and_back():
 @pytest.mark.parametrize("xp", [np, jnp])
 def test_third_derivatives(xp):
     """Of a cubic density they are those of autodiff, in the coordinates asked for."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         cubic = jnp.asarray(stats.norm.rvs(size=(4, 4, 4), random_state=0))
 
         def log_density(z):
@@ -119,7 +122,7 @@ def test_third_derivatives(xp):
 def test_the_latents_that_are_fixed():
     """The scale and the turn, in whatever units and order, and no more than are worth it; what is
     left is what autodiff leaves orthogonal to them."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         flat = vi.flat(TARGET)
         loc = np.zeros(5)
         scale_tril = np.linalg.cholesky(np.diag([0.3, 4.0, 0.5, 0.5, 2.0]) + 0.05)
@@ -171,7 +174,7 @@ def test_none_is_fixed_where_many_matter_alike():
 def test_modes_and_precisions_between_the_nodes(xp):
     """Given the two latents the density is a Gaussian in closed form: at the nodes its mean and
     covariance are those found, and near them almost."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         flat = vi.flat(TARGET)
         index = [
             int(np.argmax(flat.unconstrain({**zeros(), name: 1.0}, {})))
@@ -336,6 +339,15 @@ def test_approximate_takes_it():
     assert with_guide.ess > 0.6 * with_guide.num_draws
 
 
+def test_approximate_compiles_nothing_twice(compilations):
+    """Neither what leads to it nor what it takes."""
+    for seed in range(2):
+        with compilations() as seen:
+            posterior = vi.approximate(CURVED, jax.random.key(seed))
+        assert posterior.table.rows[-1][0] == "* nested Laplace, polished"
+        assert not seen or seed == 0
+
+
 def test_where_it_is_tried():
     many = vi.target(curved, {"x": vi.Latent(()), "y": vi.Latent((LARGEST,))})
     assert can_nest(CURVED)
@@ -370,7 +382,7 @@ def test_it_is_not_taken_where_it_misses_another_optimum():
 
 def test_densities_of_what_was_found():
     """On the host, at places that another approximation has drawn, they are the guide's own."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         start = gaussian_of(CURVED)
         found = vi.solvers.nested_laplace(CURVED, start, num_active=1)
         merged = vi.merge(CURVED, [start, start], KEY)

@@ -414,3 +414,26 @@ def test_draws_are_doubled_while_they_are_too_few():
         vi.solvers.refine(target, KEY, init=rough.params)
     with pytest.raises(TypeError, match="cannot depend on values that are traced"):
         jax.jit(lambda key: vi.solvers.refine(target, key, init=rough).params)(KEY)
+
+
+def _responded(target, key):
+    return vi.linear_response(target, vi.solvers.deterministic(target, key))
+
+
+@pytest.mark.parametrize(
+    "solve",
+    [
+        vi.solvers.deterministic,
+        vi.solvers.laplace,
+        vi.solvers.batch_and_match,
+        vi.solvers.natural_gradient,
+        vi.solvers.pathfinder,
+        _responded,
+    ],
+)
+def test_a_program_may_be_the_first_to_ask(solve):
+    """What a solver keeps for the next call holds nothing of the program that it was built in."""
+    target = vi.target(lambda v, z, d: -0.5 * jnp.sum(z["z"] ** 2), {"z": vi.Latent((2,))})
+    inside = jax.jit(lambda key: solve(target, key).params)(jax.random.key(0))
+    outside = solve(target, jax.random.key(0)).params
+    jax.tree.map(lambda *leaves: np.testing.assert_allclose(*leaves, atol=1e-3), inside, outside)

@@ -47,14 +47,11 @@ NESTED, POLISHED = "nested Laplace", "nested Laplace, polished"
 DRAWS = 8000
 """How many draws a round makes: along few directions these are enough."""
 
-WELL = 0.3
+WELL = 0.5
 """The share of effective draws above which the nodes are where the posterior is."""
 
 BARE = math.log(20)
 """Where the log density exceeds that of an approximation by so much, this hardly draws."""
-
-STEPS = 2
-"""How many steps of Newton's method are made from the modes before."""
 
 
 def can_nest(target: Target) -> bool:
@@ -104,7 +101,7 @@ def nested(
         across = now.parts.across
         blank = Across(np.zeros_like(across.locs), np.ones_like(across.scales))
         parts = now.parts._replace(across=blank)
-        return Mixture(parts, nested_frame(now.frame, gradient, eps, nodes, STEPS, np))
+        return Mixture(parts, nested_frame(now.frame, gradient, eps, nodes, np))
 
     (name,) = begun.guide.declared
     guide = program(nested_guide, target, name, frame.num_active)

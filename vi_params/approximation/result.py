@@ -32,6 +32,9 @@ STARTS = 1000
 NEARLY_ALL = 0.75
 """The share of effective draws above which a batch is resampled to its full size."""
 
+FRESH = 2 / 3
+"""How many draws are taken for each effective one, at most: more would often be the same."""
+
 MOST_BATCHES = 25
 """How many batches one call of `draws` makes at most so that none is taken twice."""
 
@@ -162,7 +165,7 @@ class Approximation:
         size, block = self.judge.num_draws, self.judge.block
         # So many proposals that a draw is seldom taken twice; no more where nearly all count.
         share = float(self.diagnosis.ess) / int(self.diagnosis.num_draws) if self.resampled else 1.0
-        fresh = 1.0 if share > NEARLY_ALL else 0.5 * share
+        fresh = 1.0 if share > NEARLY_ALL else FRESH * share
         batches = min(MOST_BATCHES, math.ceil(num_draws / max(1.0, fresh * size)))
         batches = max(batches, math.ceil(num_draws / size))
         size = min(size, block * math.ceil(num_draws / (fresh * batches * block)))

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from scipy.special import chdtri, ndtri
 from scipy.stats import qmc
 
-from vi_params._arrays import cholesky, exact, in_turn, repeated
+from vi_params._arrays import cholesky, exact, in_turn
 from vi_params.guides.frame import Coupled, Frame, spline_terms, unbent
 
 NODES, MOST_NODES = {1: 32, 2: 64, 3: 96}, 128
@@ -28,10 +29,11 @@ SPREAD, DF = 1.3, 5
 """The nodes lie as draws of a Student-t distribution with this scale, in standard deviations, and
 so many degrees of freedom do: the tails of scales are heavy."""
 
-STEPS = 4
-"""How many steps of Newton's method are made."""
+STEPS, ARRIVED = 16, 1e-3
+"""How many steps of Newton's method are made at most, and the square of a step, in standard
+deviations, below which no further one is."""
 
-FLAT, LONGEST = 1e-3, 10.0
+FLAT, LONGEST = 1e-3, 3.0
 """The least curvature that a step takes for one, and the longest step, for each square root of a
 dimension: in standard deviations."""
 
@@ -39,8 +41,8 @@ EASED, DAMPED, DAMPING = 0.25, 8.0, 0.05
 """By which factor damping falls after a step that lowered the gradient, by which it grows after
 another, and by how much besides."""
 
-CLOSE = 0.5
-"""A node counts whose last step, in standard deviations across, is shorter."""
+CLOSE = 0.25
+"""A node counts whose last step, squared in standard deviations, is less."""
 
 ENOUGH = 0.5
 """The share of the nodes that must count."""
@@ -108,7 +110,6 @@ def nested_frame(
     gradient: Callable[[Any], Any],
     eps: float,
     nodes: Nodes | None = None,
-    steps: int = STEPS,
     xp: Any = jnp,
 ) -> Frame:
     """The frame with what is across following as modes and precisions at the nodes do.
@@ -118,33 +119,56 @@ def nested_frame(
         gradient: of the log density, at rows u.
         eps: the relative error of gradients.
         nodes: where along; those of the Gaussian itself where None.
-        steps: of Newton's method.
         xp: jax.numpy, or numpy on the host.
     """
     num_active = frame.num_active
     nodes = first_nodes(num_active, frame.loc.dtype, xp) if nodes is None else nodes
     straight = whitened(gradient, frame.loc, frame.scale_tril, frame.rotation, xp)
     means, *_ = frame.across(nodes.a, xp)
-    c, precision, counts = _modes(straight, nodes.a, means, eps**0.25, steps, xp)
+    c, precision, counts = _modes(straight, nodes.a, means, eps**0.25, xp)
     return _followed(frame, nodes, c, precision, counts, xp)
 
 
+class Search(NamedTuple):
+    """Newton's method on the way to the modes, row by row.
+
+    Attributes:
+        a: the places along.
+        c: across.
+        slope: the gradient there.
+        precision: minus the Hessian there.
+        damping: what is added to the curvatures.
+        step: the next one.
+    """
+
+    a: Any
+    c: Any
+    slope: Any
+    precision: Any
+    damping: Any
+    step: Any
+
+    @property
+    def left(self) -> Any:
+        """The square of the step in standard deviations, across; about that of the distance."""
+        return (self.step * self.slope).sum(axis=1)
+
+
 def _modes(
-    gradient: Callable[[Any], Any], a: Any, c: Any, step: float, steps: int, xp: Any
+    gradient: Callable[[Any], Any], a: Any, c: Any, step: float, xp: Any
 ) -> tuple[Any, Any, Any]:
     """Modes across, shape (num_nodes, rest), their precisions, from gradients a step apart, and
     which of them count."""
-    number, rest = c.shape
-    shifts = step * xp.concatenate([xp.zeros((1, rest)), xp.eye(rest), -xp.eye(rest)]).astype(
-        c.dtype
-    )
+    rest, dtype = c.shape[1], c.dtype
+    shifts = [xp.zeros((1, rest), dtype), xp.eye(rest, dtype=dtype), -xp.eye(rest, dtype=dtype)]
+    shifts = step * xp.concatenate(shifts)
     places = len(shifts)
 
-    def expanded(c: Any) -> tuple[Any, Any]:
+    def expanded(a: Any, c: Any) -> tuple[Any, Any]:
         """Gradients across, and minus Hessians."""
         rows = (c[:, None] + shifts).reshape(-1, rest)
         rows = xp.concatenate([xp.repeat(a, places, axis=0), rows], axis=1)
-        found = gradient(rows)[:, -rest:].reshape(number, places, rest)
+        found = gradient(rows)[:, -rest:].reshape(len(c), places, rest)
         hessian = (found[:, 1 : 1 + rest] - found[:, 1 + rest :]) / (2 * step)
         return found[:, 0], -0.5 * (hessian + xp.swapaxes(hessian, 1, 2))
 
@@ -152,28 +176,43 @@ def _modes(
         """A damped step: where the curvature is not positive, by its size."""
         slope, precision, damping = row
         usable = xp.all(xp.isfinite(precision))
-        precision = xp.where(usable, precision, xp.eye(rest, dtype=precision.dtype))
+        precision = xp.where(usable, precision, xp.eye(rest, dtype=dtype))
         values, vectors = xp.linalg.eigh(precision)
         sizes = xp.maximum(xp.abs(values), FLAT) + damping
         moved = exact(vectors, exact(vectors.T, slope, xp) / sizes, xp)
         length = xp.sqrt(xp.sum(moved**2))
         return moved * xp.minimum(1.0, LONGEST * rest**0.5 / xp.maximum(length, 1e-30))
 
-    def moved(state: tuple) -> tuple:
-        c, slope, precision, damping = state
-        ahead = c + in_turn(newton, (slope, precision, damping), xp)
-        found = expanded(ahead)
-        shorter = xp.sum(found[0] ** 2, axis=1) <= xp.sum(slope**2, axis=1)  # not where it is NaN
-        damping = xp.where(shorter, EASED * damping, DAMPED * damping + DAMPING)
-        c = xp.where(shorter[:, None], ahead, c)
-        slope = xp.where(shorter[:, None], found[0], slope)
-        precision = xp.where(shorter[:, None, None], found[1], precision)
-        return c, slope, precision, damping
+    def begun(a: Any, c: Any, slope: Any, precision: Any, damping: Any) -> Search:
+        step = in_turn(newton, (slope, precision, damping), xp)
+        return Search(a, c, slope, precision, damping, step)
 
-    state = c, *expanded(c), xp.zeros(number, c.dtype)
-    c, slope, precision, _ = repeated(steps, moved, state, xp)
-    last = in_turn(newton, (slope, precision, xp.zeros(number, c.dtype)), xp)
-    return c + last, precision, xp.sum(last * slope, axis=1) < CLOSE**2
+    def moved(now: Search) -> Search:
+        ahead = now.c + now.step
+        slope, precision = expanded(now.a, ahead)
+        shorter = xp.sum(slope**2, axis=1) <= xp.sum(now.slope**2, axis=1)  # not where it is NaN
+        damping = xp.where(shorter, EASED * now.damping, DAMPED * now.damping + DAMPING)
+        c = xp.where(shorter[:, None], ahead, now.c)
+        slope = xp.where(shorter[:, None], slope, now.slope)
+        precision = xp.where(shorter[:, None, None], precision, now.precision)
+        return begun(now.a, c, slope, precision, damping)
+
+    now = begun(a, c, *expanded(a, c), xp.zeros(len(c), dtype))
+    if xp is jnp:
+        now, _ = lax.while_loop(
+            lambda state: (state[1] < STEPS) & ~jnp.all(state[0].left < ARRIVED),
+            lambda state: (moved(state[0]), state[1] + 1),
+            (now, 0),
+        )
+    else:
+        for _ in range(STEPS):
+            (on_the_way,) = np.nonzero(~(now.left < ARRIVED))
+            if not len(on_the_way):
+                break
+            new = moved(Search(*(part[on_the_way] for part in now)))
+            for part, changed in zip(now, new, strict=True):
+                part[on_the_way] = changed
+    return now.c + now.step, now.precision, now.left < CLOSE
 
 
 def _followed(frame: Frame, nodes: Nodes, c: Any, precision: Any, counts: Any, xp: Any) -> Frame:
