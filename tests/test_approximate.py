@@ -170,7 +170,7 @@ def test_distinct_optima_are_merged():
 @pytest.mark.slow
 def test_distinct_optima_of_many_latents_are_merged(monkeypatch):
     """Where covariances are a few directions and a diagonal, too."""
-    module = importlib.import_module("vi_params.approximation.approximate")
+    module = importlib.import_module("vi_params.approximation.stages")
     monkeypatch.setattr(module, "DENSE", 1)
     monkeypatch.setattr(module, "RANK", 1)
     target = vi.target(two_modes, {"z": vi.Latent((2,))})
