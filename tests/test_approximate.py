@@ -550,6 +550,26 @@ def test_the_error_of_a_spread_is_that_of_repeated_batches():
     np.testing.assert_allclose(drawn_errors.mean(), exact, rtol=0.05)
 
 
+def test_draws_in_the_order_of_a_heavy_tail_have_its_spread():
+    """Of log-normal latents, drawn wide enough for their tails to be light in the weights: that of
+    the one that draws are resampled in the order of, not of another, nor from narrower draws."""
+    random = np.random.default_rng(0)
+
+    def worst(scale, num):
+        z = scale * random.standard_normal((8000, num))
+        log_ratios = np.sum(-0.5 * z**2 + 0.5 * (z / scale) ** 2, axis=1)
+        latents = {f"x{i}": np.exp(1.2 * z[:, i]) for i in range(num)}
+        return worst_spread(Weighted(latents, z, log_ratios, psis_on_host(log_ratios)))
+
+    spread = worst(2.2, 1)
+    assert spread.drawn_error > 0.1
+    assert spread.error < 0.03
+    assert spread.is_shown
+    assert not spread._replace(is_order=False).is_shown
+    assert not worst(2.2, 2).is_shown
+    assert not worst(1.0, 1).is_shown
+
+
 def test_a_mixture_is_fitted_to_the_spread_that_does_not_show():
     """Half of the weights are those of the second moment that is not shown."""
     random = np.random.default_rng(3)

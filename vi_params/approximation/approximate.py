@@ -67,8 +67,9 @@ def approximate(
     it. The spread of a latent shows where the standard error of the logarithm of its standard
     deviation is at most 0.045, or 0.03 if the k-hat of its second moment exceeds 0.7, 0.02 if it
     exceeds 0.8, and where its kurtosis is such that 4000 draws of the posterior itself have it with
-    at most 0.045. Where a trusted mixture does not show one, up to two more rounds fit it to what
-    second moments depend on.
+    at most 0.045, or where draws are resampled in its order and that k-hat is at most 0.3. Where a
+    trusted mixture does not show one, up to two more rounds fit it to what second moments depend
+    on.
 
     Hierarchies of NumPyro programs are approximated in partially centred coordinates where
     `vi.recentred` has them; how far each latent is centred, a pilot decides by how much the data

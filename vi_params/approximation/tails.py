@@ -21,6 +21,10 @@ HEAVY, HEAVIER = 0.7, 0.8
 """The k-hats of a second moment above which its standard error cannot be relied on (Vehtari et al.,
 2024)."""
 
+LIGHT = 0.3
+"""The k-hat of a second moment up to which its standard error is known well, whatever the kurtosis:
+the weighted draws have many from the tail."""
+
 ERROR, HEAVY_ERROR, HEAVIER_ERROR = 0.045, 0.03, 0.02
 """The largest standard error of the logarithm of a standard deviation: three of them are less than
 0.15; and the largest where the tail is that heavy, and the true error may be several times it."""
@@ -39,6 +43,8 @@ class Spread(NamedTuple):
         drawn_error: that of one computed from 4000 draws of the posterior itself, by its kurtosis.
         shares: of its second moment, those of the draws; shape (num_draws,).
         column: the latent, and the column of its values.
+        is_order: whether draws are resampled in its order: they have its spread as the weighted
+            draws have it.
     """
 
     name: str
@@ -47,11 +53,13 @@ class Spread(NamedTuple):
     drawn_error: float = 0.0
     shares: Any = None
     column: tuple[str, int] | None = None
+    is_order: bool = False
 
     @property
     def is_shown(self) -> bool:
         """Whether it can be relied on."""
-        return self.is_estimated and self.drawn_error <= DRAWN_ERROR
+        is_kept = self.is_order and self.k_hat <= LIGHT
+        return self.is_estimated and (is_kept or self.drawn_error <= DRAWN_ERROR)
 
     def __str__(self) -> str:
         if self.is_estimated:
@@ -91,24 +99,20 @@ def worst_spread(*batches: Weighted) -> Spread:
     Args:
         *batches: draws of a guide, at least 25 each. One can be lucky: the worst counts.
     """
-    return max((_worst(_suspects(weighted)) for weighted in batches), key=_doubt)
+    return max((_worst(suspects) for suspects in _all_suspects(*batches)), key=_doubt)
 
 
 def heaviest(weighted: Weighted) -> tuple[str, int] | None:
     """The latent, and its column, of which 4000 draws of the posterior would show the spread
     worst."""
-
-    def error(spread: Spread) -> float:
-        return float(np.nan_to_num(spread.drawn_error, nan=np.inf))
-
-    return max(_suspects(weighted), key=error).column
+    return max(_suspects(weighted), key=_drawn_error).column
 
 
 def towards_spreads(*batches: Weighted) -> Weighted:
     """The batch with the worst spread, which is not shown, half of its weights those that the draws
     have in second moments that are not shown: what is fitted to it draws where they come from."""
     suspects, weighted = max(
-        ((_suspects(one), one) for one in batches), key=lambda pair: _doubt(_worst(pair[0]))
+        zip(_all_suspects(*batches), batches, strict=True), key=lambda pair: _doubt(_worst(pair[0]))
     )
     unshown = [one.shares for one in suspects if not one.is_shown]
     smoothed = weighted.smoothed
@@ -124,6 +128,17 @@ def _worst(suspects: list[Spread]) -> Spread:
 
 def _doubt(spread: Spread) -> tuple[bool, float]:
     return not spread.is_shown, spread.k_hat
+
+
+def _drawn_error(spread: Spread) -> float:
+    return float(np.nan_to_num(spread.drawn_error, nan=np.inf))
+
+
+def _all_suspects(*batches: Weighted) -> list[list[Spread]]:
+    """Those of each batch; the heaviest of the first one gives the draws their order."""
+    found = [_suspects(weighted) for weighted in batches]
+    order = max(found[0], key=_drawn_error).column
+    return [[one._replace(is_order=one.column == order) for one in suspects] for suspects in found]
 
 
 def _suspects(weighted: Weighted) -> list[Spread]:
