@@ -10,11 +10,14 @@ from scipy import stats
 
 import vi_params as vi
 from vi_params._compile import compiler
-from vi_params.approximation.candidate import judge_of, with_wide_tails
+from vi_params.approximation.candidate import best_of, judge_of, with_wide_tails
 from vi_params.approximation.candidate import judged as candidate_of
-from vi_params.approximation.nested import LARGEST, can_nest, nested
+from vi_params.approximation.nested import LARGEST, can_nest, nested, settles
+from vi_params.approximation.nested import _nodes as moved_nodes
 from vi_params.approximation.proposals import log_density_of
-from vi_params.guides.frame import CLIPPED, Coupled, Frame
+from vi_params.guides.frame import CLIPPED, Coupled, Frame, spline_terms
+from vi_params.importance import Weighted
+from vi_params.importance.psis import psis_on_host
 from vi_params.solvers.nested_frame import (
     Nodes,
     along,
@@ -155,8 +158,8 @@ def test_the_latents_that_are_fixed():
         more, _ = fixed_directions(jnp.asarray(third), jnp.asarray(scale_tril), 2)
         np.testing.assert_allclose(np.abs(more), np.abs(directions), atol=1e-8)
         nothing, left = fixed_directions(0.01 * third, scale_tril, xp=np)
-        assert nothing.shape == (5, 1)  # little is left after one
-        assert len(left) == 2
+        assert nothing.shape == (5, 0)  # a Gaussian has none
+        assert len(left) == 1
 
 
 def test_none_is_fixed_where_many_matter_alike():
@@ -168,6 +171,43 @@ def test_none_is_fixed_where_many_matter_alike():
     np.testing.assert_allclose(left, [9.0])
     directions, _ = fixed_directions(np.full_like(third, np.nan), np.eye(9), xp=np)
     assert directions.shape == (9, 0)
+
+
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_directions_of_latents_that_are_nearly_the_same(xp):
+    """Are orthonormal all the same, and those of these latents as long as they are apart."""
+    root = xp.asarray(np.linalg.cholesky(np.full((4, 4), 0.999) + 0.001 * np.eye(4)))
+    third = np.zeros((4, 4, 4))
+    third[0, 0, 0] = 1.0
+    directions, _ = fixed_directions(xp.asarray(third), root, 3, xp)
+    assert directions.shape == (4, 3)
+    np.testing.assert_allclose(directions.T @ directions, np.eye(3), atol=1e-5)
+
+
+def test_only_modes_count():
+    """Across there is a Student-t distribution with a weak prior: far out its Hessian is not
+    negative definite, or hardly. What counts is where the gradient is zero."""
+    frame = along(np.zeros(2), np.eye(2), np.eye(2)[:, :1], np)
+    starts = frame._replace(
+        shifts=np.array([[0.0], [8.0]])  # linear in the node
+    )
+
+    def gradient(rows):
+        c = rows[:, 1:]
+        return np.concatenate([-rows[:, :1], -4 * c / (0.3 + c**2) - 0.2 * c], axis=1)
+
+    found, enough = nested_frame(starts, gradient, EPS, xp=np)
+    assert enough
+    nodes = first_nodes(1, float, np).a
+    at = found.unconstrained(np.concatenate([nodes, 0 * nodes], axis=1), np)
+    np.testing.assert_allclose(at[:, 1], 0.0, atol=1e-3)
+
+    def unknown(rows):  # where the modes are
+        at = gradient(rows)
+        return np.where(np.abs(rows[:, 1:]) < 3.0, np.nan, at)
+
+    _, enough = nested_frame(starts._replace(shifts=starts.shifts + 40.0), unknown, EPS, xp=np)
+    assert not enough
 
 
 @pytest.mark.parametrize("xp", [np, jnp])
@@ -187,7 +227,8 @@ def test_modes_and_precisions_between_the_nodes(xp):
         def gradient(rows):
             return xp.asarray(jax.vmap(jax.grad(flat.log_density))(jnp.asarray(rows)))
 
-        found = nested_frame(frame, gradient, EPS, xp=xp)
+        found, enough = nested_frame(frame, gradient, EPS, xp=xp)
+        assert enough
         nodes = first_nodes(2, float, np).a
         near = nodes[np.max(np.abs(nodes), axis=1) < 1.5] + 0.15
         inside = nodes[np.max(np.abs(nodes), axis=1) < 2.5]
@@ -214,7 +255,8 @@ def zeros():
 def test_without_modes_nothing_follows():
     """Where no node has a mode the frame is the Gaussian's."""
     frame = along(np.zeros(3), np.eye(3), np.eye(3)[:, :1], np)
-    found = nested_frame(frame, lambda rows: np.full_like(rows, np.nan), EPS, xp=np)
+    found, enough = nested_frame(frame, lambda rows: np.full_like(rows, np.nan), EPS, xp=np)
+    assert not enough
     y = stats.norm.rvs(size=(6, 3), random_state=0)
     np.testing.assert_allclose(found.unconstrained(y, np), frame.unconstrained(y, np))
 
@@ -228,10 +270,35 @@ def test_nodes_with_no_mode_do_not_count():
         return np.concatenate([-rows[:, :1], known - rows[:, 1:]], axis=1)
 
     a = np.linspace(-2.5, 2.5, 32)[:, None]
-    found = nested_frame(frame, gradient, EPS, Nodes(a, np.zeros(1), np.ones(1)), xp=np)
+    a.flags.writeable = False  # what is given is not written into
+    nodes = Nodes(a, np.zeros(1), np.ones(1))
+    found, enough = nested_frame(frame, gradient, EPS, nodes, xp=np)
+    assert enough
     inside = np.linspace(-1.5, 1.5, 9)
     at = found.unconstrained(np.stack([inside, 0 * inside], axis=1), np)
     np.testing.assert_allclose(at[:, 1], np.sin(inside), atol=1e-3)
+
+
+def test_nodes_beyond_the_clip_do_not_count():
+    """There two of them would be the same to the spline."""
+    frame = along(np.zeros(2), np.eye(2), np.eye(2)[:, :1], np)
+    a = np.append(np.linspace(-3, 3, 30), [CLIPPED + 1, CLIPPED + 2])[:, None]
+    nodes = Nodes(a, np.zeros(1), np.ones(1))
+    found, _ = nested_frame(
+        frame, lambda rows: np.stack([-rows[:, 0], rows[:, 0] - rows[:, 1]], axis=1), EPS, nodes, np
+    )
+    inside = np.linspace(-3, 3, 9)
+    at = found.unconstrained(np.stack([inside, 0 * inside], axis=1), np)
+    np.testing.assert_allclose(at[:, 1], inside, atol=1e-6)
+    assert np.max(np.abs(found.shifts)) < 2
+
+
+def test_splines_have_gradients_at_their_nodes():
+    """In float32, too, where a square may be less than zero by rounding."""
+    nodes = jnp.asarray(spread_nodes(1, 32), jnp.float32)
+    near = jnp.concatenate([nodes, nodes + 1e-4, jnp.linspace(-3, 3, 4000)[:, None]])
+    slopes = jax.vmap(jax.jacobian(lambda x: spline_terms(x, nodes)))(near.astype(jnp.float32))
+    assert np.all(np.isfinite(slopes))
 
 
 @pytest.mark.parametrize("num", [1, 2, 3, 4])
@@ -348,6 +415,66 @@ def test_approximate_compiles_nothing_twice(compilations):
         assert not seen or seed == 0
 
 
+def test_nodes_move_to_where_the_draws_are(monkeypatch):
+    """From a Gaussian of other places and far narrower, which nodes that stay would not do."""
+    start = gaussian_of(CURVED)
+    own = start.params["guide"]
+    moved = vi.linear_response(CURVED, vi.solvers.deterministic(CURVED, KEY))
+    params = {"guide": {**own, "loc": own["loc"] + 1.0}}
+    wide = with_wide_tails(CURVED, moved._replace(params=params))
+    response = candidate_of("shifted", wide, judge_of(CURVED, wide, None), iter([KEY] * 9))
+    monkeypatch.setattr("vi_params.approximation.polish.ROUNDS", 3)
+    with compiler() as pool:
+        (found,) = nested(pool, CURVED, response, [], KEY, None)
+        monkeypatch.setattr("vi_params.approximation.nested.WELL", -1.0)
+        (stayed,) = nested(pool, CURVED, response, [], KEY, None)
+    assert found.share > 0.6
+    assert found.share > stayed.share + 0.05
+
+
+def test_half_of_the_nodes_are_draws():
+    random = np.random.default_rng(0)
+    frame = along(np.zeros(3), np.eye(3), np.eye(3)[:, :2], np)
+    u = random.standard_normal((4000, 3)) * [2.0, 0.5, 1.0] + [3.0, -1.0, 0.0]
+    log_ratios = np.zeros(4000)
+    drawn = Weighted({}, u, log_ratios, psis_on_host(log_ratios))
+    nodes = moved_nodes(frame, drawn, KEY)
+    a = u @ np.asarray(frame.rotation)[:, :2]
+    assert len(nodes.a) == num_nodes_for(2)
+    is_draw = np.min(np.abs(nodes.a[:, None] - a).max(-1), axis=1) < 1e-12
+    assert is_draw.sum() == len(nodes.a) // 2
+    np.testing.assert_allclose(nodes.centre, a.mean(0))
+    np.testing.assert_allclose(nodes.unit, a.std(0), rtol=0.01)
+
+
+def test_more_latents_and_data_and_parameters():
+    """Where the gradients are those of the program of a linear response; the target's own
+    parameters stay, and the data are those given."""
+    latents = {"x": vi.Latent(()), "y": vi.Latent((36,))}
+
+    def shifted(values, z, data):  # the evidence is largest at shift 1
+        x = z["x"] - values["shift"] - data["shift"]
+        return curved({}, {"x": x, "y": z["y"]}, None) - (values["shift"] - 1.0) ** 2
+
+    target = vi.target(
+        shifted,
+        latents,
+        declared={"shift": vi.Param(0.0)},
+        data={"shift": jnp.zeros(())},
+    )
+    posterior = vi.approximate(target, KEY, {"shift": jnp.asarray(5.0)})
+    assert posterior.trustworthy
+    assert posterior.table.rows[-1][0] == "* nested Laplace, polished"
+    np.testing.assert_allclose(posterior.params["shift"], 1.0, atol=0.01)
+    x = posterior.draws(KEY, 4000)["x"]
+    np.testing.assert_allclose(x.mean(), 6.0, atol=0.1)
+    np.testing.assert_allclose(x.std(), 1.0, atol=0.1)
+    start = vi.linear_response(target, vi.solvers.deterministic(target, KEY))
+    found = vi.solvers.nested_laplace(target, start, {"shift": jnp.asarray(0.0)}, num_active=1)
+    np.testing.assert_array_equal(found.params["shift"], start.params["shift"])
+    assert set(found.params) == set(posterior.params)
+
+
 def test_where_it_is_tried():
     many = vi.target(curved, {"x": vi.Latent(()), "y": vi.Latent((LARGEST,))})
     assert can_nest(CURVED)
@@ -377,7 +504,12 @@ def test_it_is_not_taken_where_it_misses_another_optimum():
     with compiler() as pool:
         (alone,) = nested(pool, target, response, [], KEY, None)
         assert alone.is_trustworthy  # it cannot know
-        assert nested(pool, target, response, [both], KEY, None) == []
+        (known,) = nested(pool, target, response, [both], KEY, None)
+    assert known.is_partial
+    assert settles(alone._replace(spread=None))
+    assert not settles(known._replace(spread=None))
+    assert best_of([response, alone]) is alone
+    assert best_of([response, known]) is response
 
 
 def test_densities_of_what_was_found():

@@ -47,6 +47,28 @@ def cholesky(a: Any, xp: Any = jnp) -> Any:
         return np.full_like(a, np.nan)
 
 
+def eigh(a: Any, xp: Any = jnp) -> tuple[Any, Any]:
+    """Eigenvalues and eigenvectors of a symmetric matrix; NaN where they are not found."""
+    if xp is jnp:
+        values, vectors = jnp.linalg.eigh(a)
+        return values, vectors
+    try:
+        values, vectors = np.linalg.eigh(a)
+    except np.linalg.LinAlgError:
+        values, vectors = np.full(len(a), np.nan), np.full_like(a, np.nan)
+    return values, vectors
+
+
+def solved(a: Any, b: Any, xp: Any = jnp) -> Any:
+    """a^-1 b, columns b; not finite where a is singular."""
+    if xp is jnp:
+        return jnp.linalg.solve(a, b)
+    try:
+        return np.linalg.solve(a, b)
+    except np.linalg.LinAlgError:
+        return np.full_like(b, np.nan)
+
+
 def inverse_lower(root: Any, xp: Any = jnp) -> Any:
     """The inverse of a lower triangular matrix, not finite where there is none; on the host in
     float64."""

@@ -44,10 +44,12 @@ def approximate(
       skewed across them (`vi.solvers.conditional_gaussian`), in more than 32 from gradients at 1000
       draws, taken only where it is good and the spread with the heaviest tail has a standard error
       of at most 0.03, or where nothing else is to be trusted;
-    - in 9 to 100 dimensions, where at most four latents keep the posterior from being a Gaussian, a
-      nested Laplace approximation given these (`vi.solvers.nested_laplace`) and, along them, a
-      mixture of Student-t distributions by population Monte Carlo, its nodes moved to where the
-      draws are; of several optima only where it misses no mass that their mixture has found;
+    - in 9 to 100 dimensions, where up to four latents leave less than half of the squared third
+      derivatives, a nested Laplace approximation given these (`vi.solvers.nested_laplace`) and,
+      along them, a mixture of Student-t distributions by population Monte Carlo, its nodes moved to
+      where the draws are; of several optima only where it misses no mass that their mixture has
+      found. Where it is to be trusted and more than half of its draws are effective, nothing
+      follows;
     - a mixture polished so in up to 32 dimensions in all directions, or along those two where three
       times as many draws of the conditional Gaussian are effective as of linear response; in up to
       500 along two to four, across which it is conditional as well. It has 16 components, or 32

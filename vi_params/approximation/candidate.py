@@ -52,6 +52,7 @@ class Candidate(NamedTuple):
             but one batch, and of what is not to be trusted.
         good: the k-hat and the share of effective draws at which it is good enough.
         is_spare: whether it is taken only where nothing else is to be trusted, and it is good.
+        is_partial: whether it misses mass that another one has found, and is never taken.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Candidate(NamedTuple):
     spread: Spread | None = None
     good: tuple[float, float] = GOOD
     is_spare: bool = False
+    is_partial: bool = False
 
     @property
     def k_hat(self) -> float:
@@ -201,6 +203,7 @@ def best_of(candidates: list[Candidate]) -> Candidate:
     one whose spreads show before others. Where none is to be trusted, a spare one that is good, or
     else the one whose weights have the lightest tail, and among light ones the most effective.
     """
+    candidates = [one for one in candidates if not one.is_partial]
     spare = [one for one in candidates if one.is_spare and one.is_good and one.is_trustworthy]
     candidates = [one for one in candidates if not one.is_spare]
     trusted = [one for one in candidates if one.is_trustworthy] or spare

@@ -47,6 +47,9 @@ NESTED, POLISHED = "nested Laplace", "nested Laplace, polished"
 DRAWS = 8000
 """How many draws a round makes: along few directions these are enough."""
 
+HALF = 0.5
+"""It is tried where those latents leave less than this share of the squared third derivatives."""
+
 WELL = 0.5
 """The share of effective draws above which the nodes are where the posterior is."""
 
@@ -68,8 +71,8 @@ def nested(
     data: Any,
 ) -> list[Candidate]:
     """The mixture that rounds from a nested Laplace approximation of a linear response end with;
-    none where no few latents make the posterior more of a Gaussian, or where it misses mass that
-    others have found.
+    none where no few latents make the posterior more of a Gaussian, or conditional modes are not
+    found.
 
     Args:
         pool: whose threads compile.
@@ -83,12 +86,14 @@ def nested(
     loc, scale_tril = (values_of(begun)[part] for part in ("loc", "scale_tril"))
     gradient = gradient_on_host(target, begun, data, HESSIANS)
     third = third_derivative(whitened(gradient, loc, scale_tril, None, np), len(loc), np)
-    directions, _ = fixed_directions(third, scale_tril, xp=np)
-    if not directions.shape[1]:
+    directions, left = fixed_directions(third, scale_tril, xp=np)
+    if not left[-1] < HALF * left[0]:
         return []
     keys = (jax.random.fold_in(key, i) for i in itertools.count())
     eps = precision_of(begun.noise)
-    frame = nested_frame(along(loc, scale_tril, directions, np), gradient, eps, xp=np)
+    frame, enough = nested_frame(along(loc, scale_tril, directions, np), gradient, eps, xp=np)
+    if not enough:
+        return []
     found = contaminated(frame, np)
     judge = judge_of_proposal(target, mixture(found, None), begun.params, data, BATCH)
     start = once(NESTED, begun, judge, next(keys))
@@ -98,16 +103,24 @@ def nested(
         if now.frame is None or drawn.smoothed.ess > WELL * len(drawn.log_ratios):
             return now
         nodes = _nodes(now.frame, drawn, next(keys))
+        frame, enough = nested_frame(now.frame, gradient, eps, nodes, np)
+        if not enough:
+            return now
         across = now.parts.across
         blank = Across(np.zeros_like(across.locs), np.ones_like(across.scales))
-        parts = now.parts._replace(across=blank)
-        return Mixture(parts, nested_frame(now.frame, gradient, eps, nodes, np))
+        return Mixture(now.parts._replace(across=blank), frame)
 
     (name,) = begun.guide.declared
     guide = program(nested_guide, target, name, frame.num_active)
     course = Course(guide, {"frame": frame.values}, POLISHED, DRAWS, DF, reframed)
     best = polish(pool, target, start, keys, data, course)
-    return [] if any(_misses(best, other) for other in others) else [best]
+    return [best._replace(is_partial=any(_misses(best, other) for other in others))]
+
+
+def settles(found: Candidate) -> bool:
+    """Whether rounds in all directions are not worth making after these."""
+    is_whole = found.is_trustworthy and not found.is_partial
+    return is_whole and found.is_determined and found.share > WELL
 
 
 def _nodes(frame: Frame, drawn: Weighted, key: jax.Array) -> Nodes:

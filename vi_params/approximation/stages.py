@@ -26,7 +26,7 @@ from vi_params.approximation.conditional import (
 )
 from vi_params.approximation.flow import can_flow, flowed
 from vi_params.approximation.judge import BATCH
-from vi_params.approximation.nested import NESTED, can_nest, nested
+from vi_params.approximation.nested import NESTED, can_nest, nested, settles
 from vi_params.approximation.optima import HESSIANS, optima
 from vi_params.approximation.polish import can_polish, start_of
 from vi_params.approximation.polish import polish as polished
@@ -95,7 +95,7 @@ def tried(
         found = nested(pool, target, candidates[0], merged, named, data)
         best = best_of([*candidates, *found])
         candidates += found
-        is_done = best.is_enough or any(one.is_trustworthy and one.is_determined for one in found)
+        is_done = best.is_enough or any(settles(one) for one in found)
     if polish and not is_done and can_polish(target, start):
         candidates.append(polished(pool, target, start, keys, data))
         best = best_of(candidates)

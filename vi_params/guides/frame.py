@@ -25,16 +25,19 @@ and |a - a_k|^3 for each node, in units of their own, and N strictly lower trian
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import solve_triangular
 
 from vi_params._arrays import exact, inverse_lower
+from vi_params._over import divisor, over
 from vi_params.guides.sinh_arcsinh import log_slope, straightened, tilted
 
 REACH = 5.0
 """Beyond so many standard deviations along, what is across follows no further."""
+
+BLOCK = 2**22
+"""How many numbers the matrices of regressions have that are there at once."""
 
 CLIPPED = 10.0
 """Beyond so many of their own units splines are constant."""
@@ -216,8 +219,9 @@ def spline_terms(x: Any, nodes: Any, xp: Any = jnp) -> Any:
     x = xp.clip(x, -CLIPPED, CLIPPED)
     products = exact(x, nodes.T, xp)
     squares = xp.sum(x**2, axis=-1)[..., None] + xp.sum(nodes**2, axis=-1) - 2 * products
-    squares = xp.maximum(squares, 0.0)
-    return xp.concatenate([xp.ones_like(x[..., :1]), x, squares * xp.sqrt(squares)], axis=-1)
+    apart = squares > 0  # by rounding it may be less; a root has no derivative at zero
+    cubes = xp.where(apart, squares * xp.sqrt(xp.where(apart, squares, 1.0)), 0.0)
+    return xp.concatenate([xp.ones_like(x[..., :1]), x, cubes], axis=-1)
 
 
 def _matrix(weights: Any, terms: Any) -> Any:
@@ -232,8 +236,10 @@ def _regression(weights: np.ndarray, terms: np.ndarray, c: np.ndarray, i: int) -
 
 
 def _for_rows(f: Any, terms: Any, c: Any) -> Any:
-    """f of one vector, or of rows of them."""
-    return f(terms, c) if c.ndim == 1 else jax.vmap(f)(terms, c)
+    """f of one vector, or of rows of them, so many at once that their matrices fit into memory."""
+    if c.ndim == 1:
+        return f(terms, c)
+    return over(lambda row: f(*row), (terms, c), divisor(len(c), BLOCK // c.shape[1] ** 2))
 
 
 def linear(a: Any, xp: Any = jnp) -> Any:

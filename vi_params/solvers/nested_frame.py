@@ -19,8 +19,8 @@ from jax import lax
 from scipy.special import chdtri, ndtri
 from scipy.stats import qmc
 
-from vi_params._arrays import cholesky, exact, in_turn
-from vi_params.guides.frame import Coupled, Frame, spline_terms, unbent
+from vi_params._arrays import cholesky, eigh, exact, in_turn, solved
+from vi_params.guides.frame import CLIPPED, Coupled, Frame, spline_terms, unbent
 
 NODES, MOST_NODES = {1: 32, 2: 64, 3: 96}, 128
 """How many nodes there are along so many directions, and along more."""
@@ -38,11 +38,11 @@ FLAT, LONGEST = 1e-3, 3.0
 dimension: in standard deviations."""
 
 EASED, DAMPED, DAMPING = 0.25, 8.0, 0.05
-"""By which factor damping falls after a step that lowered the gradient, by which it grows after
-another, and by how much besides."""
+"""By which factor damping falls after a step along which the log density grew, by which it grows
+after another, and by how much besides."""
 
 CLOSE = 0.25
-"""A node counts whose last step, squared in standard deviations, is less."""
+"""A node counts whose last step, squared in standard deviations and not damped, is less."""
 
 ENOUGH = 0.5
 """The share of the nodes that must count."""
@@ -111,8 +111,9 @@ def nested_frame(
     eps: float,
     nodes: Nodes | None = None,
     xp: Any = jnp,
-) -> Frame:
-    """The frame with what is across following as modes and precisions at the nodes do.
+) -> tuple[Frame, Any]:
+    """The frame with what is across following as modes and precisions at the nodes do, and
+    whether enough of these count; else nothing follows.
 
     Args:
         frame: whose means are where the modes are looked for.
@@ -138,7 +139,9 @@ class Search(NamedTuple):
         slope: the gradient there.
         precision: minus the Hessian there.
         damping: what is added to the curvatures.
-        step: the next one.
+        step: the next one, damped.
+        left: the square of the undamped one in standard deviations: about that of the distance.
+        is_definite: whether the precision is positive definite.
     """
 
     a: Any
@@ -147,11 +150,8 @@ class Search(NamedTuple):
     precision: Any
     damping: Any
     step: Any
-
-    @property
-    def left(self) -> Any:
-        """The square of the step in standard deviations, across; about that of the distance."""
-        return (self.step * self.slope).sum(axis=1)
+    left: Any
+    is_definite: Any
 
 
 def _modes(
@@ -172,50 +172,59 @@ def _modes(
         hessian = (found[:, 1 : 1 + rest] - found[:, 1 + rest :]) / (2 * step)
         return found[:, 0], -0.5 * (hessian + xp.swapaxes(hessian, 1, 2))
 
-    def newton(row: tuple) -> Any:
-        """A damped step: where the curvature is not positive, by its size."""
+    def newton(row: tuple) -> tuple[Any, Any, Any]:
+        """A damped step, what is left, and whether the curvature is positive; where it is not, its
+        size is taken."""
         slope, precision, damping = row
         usable = xp.all(xp.isfinite(precision))
         precision = xp.where(usable, precision, xp.eye(rest, dtype=dtype))
-        values, vectors = xp.linalg.eigh(precision)
-        sizes = xp.maximum(xp.abs(values), FLAT) + damping
-        moved = exact(vectors, exact(vectors.T, slope, xp) / sizes, xp)
+        values, vectors = eigh(precision, xp)
+        sizes, along = xp.maximum(xp.abs(values), FLAT), exact(vectors.T, slope, xp)
+        moved = exact(vectors, along / (sizes + damping), xp)
         length = xp.sqrt(xp.sum(moved**2))
-        return moved * xp.minimum(1.0, LONGEST * rest**0.5 / xp.maximum(length, 1e-30))
+        moved = moved * xp.minimum(1.0, LONGEST * rest**0.5 / xp.maximum(length, 1e-30))
+        return moved, xp.sum(along**2 / sizes), usable & xp.all(values > 0)
 
     def begun(a: Any, c: Any, slope: Any, precision: Any, damping: Any) -> Search:
-        step = in_turn(newton, (slope, precision, damping), xp)
-        return Search(a, c, slope, precision, damping, step)
+        found = in_turn(newton, (slope, precision, damping), xp)
+        return Search(a, c, slope, precision, damping, *found)
 
     def moved(now: Search) -> Search:
         ahead = now.c + now.step
         slope, precision = expanded(now.a, ahead)
-        shorter = xp.sum(slope**2, axis=1) <= xp.sum(now.slope**2, axis=1)  # not where it is NaN
-        damping = xp.where(shorter, EASED * now.damping, DAMPED * now.damping + DAMPING)
-        c = xp.where(shorter[:, None], ahead, now.c)
-        slope = xp.where(shorter[:, None], slope, now.slope)
-        precision = xp.where(shorter[:, None, None], precision, now.precision)
+        # How much the log density grows, by the trapezoid rule; not where it is NaN.
+        grown = xp.sum((now.slope + slope) * now.step, axis=1) >= 0
+        damping = xp.where(grown, EASED * now.damping, DAMPED * now.damping + DAMPING)
+        c = xp.where(grown[:, None], ahead, now.c)
+        slope = xp.where(grown[:, None], slope, now.slope)
+        precision = xp.where(grown[:, None, None], precision, now.precision)
         return begun(now.a, c, slope, precision, damping)
+
+    def on_the_way(now: Search) -> Any:
+        """Which have not arrived, and still may."""
+        return ~(now.left < ARRIVED) & xp.all(xp.isfinite(now.slope), axis=1)
 
     now = begun(a, c, *expanded(a, c), xp.zeros(len(c), dtype))
     if xp is jnp:
         now, _ = lax.while_loop(
-            lambda state: (state[1] < STEPS) & ~jnp.all(state[0].left < ARRIVED),
+            lambda state: (state[1] < STEPS) & jnp.any(on_the_way(state[0])),
             lambda state: (moved(state[0]), state[1] + 1),
             (now, 0),
         )
     else:
+        now = Search(*(np.array(part) for part in now))
         for _ in range(STEPS):
-            (on_the_way,) = np.nonzero(~(now.left < ARRIVED))
-            if not len(on_the_way):
+            (rows,) = np.nonzero(on_the_way(now))
+            if not len(rows):
                 break
-            new = moved(Search(*(part[on_the_way] for part in now)))
-            for part, changed in zip(now, new, strict=True):
-                part[on_the_way] = changed
-    return now.c + now.step, now.precision, now.left < CLOSE
+            for part, new in zip(now, moved(Search(*(part[rows] for part in now))), strict=True):
+                part[rows] = new
+    return now.c + now.step, now.precision, (now.left < CLOSE) & now.is_definite
 
 
-def _followed(frame: Frame, nodes: Nodes, c: Any, precision: Any, counts: Any, xp: Any) -> Frame:
+def _followed(
+    frame: Frame, nodes: Nodes, c: Any, precision: Any, counts: Any, xp: Any
+) -> tuple[Frame, Any]:
     """Splines through modes and precisions: H = R'R, R = diag(1 / s) (I + N)."""
     number, rest = c.shape
 
@@ -230,15 +239,15 @@ def _followed(frame: Frame, nodes: Nodes, c: Any, precision: Any, counts: Any, x
     scales = xp.diagonal(factors, axis1=1, axis2=2)
     found = [c, -xp.log(scales), (factors / scales[:, :, None]).reshape(number, -1)]
     found = xp.concatenate(found, axis=1)
-    usable = xp.all(xp.isfinite(found), axis=1)
     x = (nodes.a - nodes.centre) / nodes.unit
+    usable = xp.all(xp.isfinite(found), axis=1) & xp.all(xp.abs(x) < CLIPPED, axis=1)
     fitted = _splines(x, xp.where(usable[:, None], found, 0.0), usable, xp)
     enough = (xp.sum(usable) >= ENOUGH * number) & xp.all(xp.isfinite(fitted))
     fitted = xp.where(enough, fitted, 0.0)
     shifts, log_scales, couplings = xp.split(fitted, [rest, 2 * rest], axis=1)
     couplings = xp.tril(couplings.reshape(-1, rest, rest), -1)
     coupled = Coupled(couplings, x, nodes.centre, nodes.unit)
-    return frame._replace(shifts=shifts, log_scales=log_scales, coupled=coupled)
+    return frame._replace(shifts=shifts, log_scales=log_scales, coupled=coupled), enough
 
 
 def _splines(x: Any, values: Any, usable: Any, xp: Any) -> Any:
@@ -253,4 +262,4 @@ def _splines(x: Any, values: Any, usable: Any, xp: Any) -> Any:
     corner = -RIDGE * xp.eye(num_linear, dtype=dtype)
     top, bottom = xp.concatenate([linear, cubes], 1), xp.concatenate([corner, linear.T], 1)
     right = xp.concatenate([values, xp.zeros((num_linear, values.shape[1]), dtype)])
-    return xp.linalg.solve(xp.concatenate([top, bottom]), right)
+    return solved(xp.concatenate([top, bottom]), right, xp)

@@ -40,8 +40,8 @@ def nested_laplace(
     The latents are those given which the third derivatives of the log density are smallest, such as
     the scales of a hierarchy or the hyperparameters of a Gaussian process; along them it is the
     Gaussian's marginal, with wider parts as in `vi.guides.contaminated_normal`. For up to about a
-    hundred dimensions: every Hessian takes 2 dim gradients, and there are some hundred. Where too
-    few conditional modes are found, nothing follows. `vi.solvers.population_monte_carlo` fits what
+    hundred dimensions: every Hessian takes 2 dim gradients, and there are hundreds. Where too few
+    conditional modes are found, nothing follows. `vi.solvers.population_monte_carlo` fits what
     is along. Pure in params and data.
 
     Args:
@@ -107,7 +107,7 @@ def _build(target: Target, start: Guide, num_active: int) -> tuple[Guide, Quick]
 
         third = third_derivative(whitened(gradient, loc, scale_tril, None, jnp), len(loc))
         directions, _ = fixed_directions(third, scale_tril, num_active)
-        frame = nested_frame(along(loc, scale_tril, directions), gradient, precision_of(loc))
+        frame, _ = nested_frame(along(loc, scale_tril, directions), gradient, precision_of(loc))
         others = {key: params[key] for key in params if key != name}
         found = {name: contaminated(frame).values}
         return {**others, **unconstrain(guide.declared, found)}

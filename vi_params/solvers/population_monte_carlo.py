@@ -68,14 +68,16 @@ def population_monte_carlo(
         key: a typed random key.
         data: the data; the target's own where None.
         init: a Gaussian `Solution`, such as `vi.linear_response` gives, a mixture's or, with
-            `num_active`, one by `vi.solvers.conditional_gaussian`.
+            `num_active`, one by `vi.solvers.conditional_gaussian` or
+            `nested_laplace`.
         num_components: of the mixture, beside the guard.
         num_active: along how many directions the components are free; None for all. Across them
             they have locations and scales of their own. The directions are the leading
             eigenvectors of E[g g'], g the gradient of the log ratio of posterior and Gaussian, at
             draws by a power of their weights; how what is across follows them, and is skewed, these
             gradients tell, too, as for `vi.solvers.conditional_gaussian`. The directions of a
-            conditional Gaussian, and what it has across, stay as they are.
+            conditional Gaussian or a nested approximation, and what it has across, stay as they
+            are.
         df: the components' degrees of freedom, a whole number.
         num_draws: draws a round, at least 25.
         max_steps: how many rounds at most; they end earlier where k-hat is below 0.5 and more than

@@ -71,23 +71,24 @@ def fixed_directions(
     rows = scale_tril / xp.linalg.norm(scale_tril, axis=1, keepdims=True)
     found, left = xp.zeros((dim, 0), dtype), [xp.sum(third**2)]
     for _ in range(min(MOST if num is None else num, dim - 1)):
+        if num is None and not left[-1] > LITTLE:
+            break
         apart = rows - exact(exact(rows, found, xp), found.T, xp)
         length = xp.linalg.norm(apart, axis=1, keepdims=True)
-        v = apart / xp.maximum(length, APART)
+        v = apart / xp.maximum(length, xp.finfo(dtype).tiny)
         # |T|^2 less what is left of it orthogonal to v, for every latent's v.
         once = exact(v, third.reshape(dim, -1), xp).reshape(-1, dim, dim)
-        twice = xp.einsum("jkl,jl->jk", once, v)
+        twice = exact(once, v[:, :, None], xp)[..., 0]
         thrice = xp.sum(twice * v, axis=1)
         gain = 3 * xp.sum(once**2, axis=(1, 2)) - 3 * xp.sum(twice**2, axis=1) + thrice**2
-        best = v[xp.argmax(xp.where(length[:, 0] > APART, gain, -1.0))]
+        # Where no row is apart, the one that is farthest.
+        best = v[xp.argmax(xp.where(length[:, 0] > APART, gain, length[:, 0] - 2))]
         projected = _projected(third, best, xp)
         if num is None and not xp.sum(projected**2) < WORTH * left[-1]:
             break
         found = xp.concatenate([found, best[:, None]], axis=1)
         third = projected
         left.append(xp.sum(third**2))
-        if num is None and left[-1] < LITTLE:
-            break
     return found, xp.stack(left)
 
 
@@ -95,6 +96,6 @@ def _projected(third: Any, v: Any, xp: Any) -> Any:
     """T orthogonal to the unit vector v in all of its indices."""
     for axis in range(3):
         rolled = xp.moveaxis(third, axis, -1)
-        along = xp.einsum("ijk,k->ij", rolled, v)
+        along = exact(rolled, v, xp)
         third = xp.moveaxis(rolled - along[:, :, None] * v, -1, axis)
     return third
