@@ -45,7 +45,8 @@ class Candidate(NamedTuple):
     Attributes:
         name: how it was found.
         solution: the guide and its parameters.
-        diagnosis: the worse of two judgements by independent draws: one can be lucky.
+        diagnosis: the worse of two judgements by independent draws: one can be lucky, though not
+            unlucky enough not to be trusted.
         batches: these draws.
         judge: makes further ones.
         spread: the worst of the standard deviations as these draws show them; None where there is
@@ -116,11 +117,14 @@ class Candidate(NamedTuple):
 
 def judged(name: str, solution: Solution, judge: Judge, keys: Iterator[jax.Array]) -> Candidate:
     """The candidate of a solution: by two small batches of draws where densities take long and
-    these leave no doubt, else by two full ones."""
+    these leave no doubt, else by two full ones; by one that it cannot be trusted by."""
 
     def by(num_draws: int) -> Candidate:
-        batches = (once(name, solution, judge, next(keys), num_draws=num_draws) for _ in range(2))
-        return confirmed(*batches)
+        first, second = next(keys), next(keys)
+        found = once(name, solution, judge, first, num_draws=num_draws)
+        if not found.is_trustworthy:
+            return found
+        return confirmed(found, once(name, solution, judge, second, num_draws=num_draws))
 
     if judge.block < min(BATCH, judge.num_draws):
         found = by(judge.block)

@@ -65,9 +65,10 @@ def conditioned(target: Target, response: Candidate, key: jax.Array, data: Any) 
     keys = jax.random.split(key, 2 * len(LOOKS))
     for i, num_draws in enumerate(LOOKS):
         judge = judge_of_proposal(target, proposal, start.params, data, num_draws)
-        candidate = confirmed(
-            *(once(CONDITIONAL, start, judge, one, ENOUGH) for one in keys[2 * i : 2 * i + 2])
-        )
+        candidate = once(CONDITIONAL, start, judge, keys[2 * i], ENOUGH)
+        if candidate.is_trustworthy:
+            again = once(CONDITIONAL, start, judge, keys[2 * i + 1], ENOUGH)
+            candidate = confirmed(candidate, again)
         if not candidate.is_trustworthy:  # its solution is not asked for
             return candidate._replace(is_spare=True)
         spread = candidate.spread
