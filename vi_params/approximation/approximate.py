@@ -57,11 +57,11 @@ def approximate(
       are effective.
 
     Each is judged by Pareto-smoothed importance sampling: a Gaussian by twice 4000 draws, a
-    conditional one that is not yet good enough by twice 8000, a mixture by more; a clear case,
-    k-hat below 0.3 and half of the draws effective, by twice 1000 where latents and data are more
-    than about 500 numbers. Good is a k-hat below 0.5, a fifth of the draws effective and no spread
-    that other draws might show; for a conditional Gaussian and for mixtures, which gain little
-    more, 0.65 and 35 %, and 0.6 and 40 %.
+    conditional one that is not yet good enough by twice 8000, a mixture by more, or once where that
+    shows that it is not to be trusted; a clear case, k-hat below 0.3 and half of the draws
+    effective, by twice 1000 where latents and data are more than about 500 numbers. Good is a k-hat
+    below 0.5, a fifth of the draws effective and no spread that other draws might show; for a
+    conditional Gaussian and for mixtures, which gain little more, 0.65 and 35 %, and 0.6 and 40 %.
 
     Trusted is what has a k-hat below 0.7 in two independent judgements, 15 % of the draws effective
     and spreads that show; of several, of those whose log evidence shows that they miss no mass, one

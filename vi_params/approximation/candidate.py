@@ -45,8 +45,8 @@ class Candidate(NamedTuple):
     Attributes:
         name: how it was found.
         solution: the guide and its parameters.
-        diagnosis: the worse of two judgements by independent draws: one can be lucky, though not
-            unlucky enough not to be trusted.
+        diagnosis: the worse of two judgements by independent draws, since one can be lucky; the
+            first where that is not to be trusted.
         batches: these draws.
         judge: makes further ones.
         spread: the worst of the standard deviations as these draws show them; None where there is
@@ -117,7 +117,8 @@ class Candidate(NamedTuple):
 
 def judged(name: str, solution: Solution, judge: Judge, keys: Iterator[jax.Array]) -> Candidate:
     """The candidate of a solution: by two small batches of draws where densities take long and
-    these leave no doubt, else by two full ones; by one that it cannot be trusted by."""
+    these leave no doubt, else by two full ones; by the first alone where that is not to be
+    trusted."""
 
     def by(num_draws: int) -> Candidate:
         first, second = next(keys), next(keys)
