@@ -219,8 +219,11 @@ def spline_terms(x: Any, nodes: Any, xp: Any = jnp) -> Any:
     x = xp.clip(x, -CLIPPED, CLIPPED)
     products = exact(x, nodes.T, xp)
     squares = xp.sum(x**2, axis=-1)[..., None] + xp.sum(nodes**2, axis=-1) - 2 * products
-    apart = squares > 0  # by rounding it may be less; a root has no derivative at zero
-    cubes = xp.where(apart, squares * xp.sqrt(xp.where(apart, squares, 1.0)), 0.0)
+    if xp is np:
+        cubes = squares * np.sqrt(np.maximum(squares, 0.0))
+    else:  # by rounding it may be less than zero, where a root has no derivative
+        apart = squares > 0
+        cubes = jnp.where(apart, squares * jnp.sqrt(jnp.where(apart, squares, 1.0)), 0.0)
     return xp.concatenate([xp.ones_like(x[..., :1]), x, cubes], axis=-1)
 
 
