@@ -416,12 +416,11 @@ def test_approximate_compiles_nothing_twice(compilations):
 
 
 def test_nodes_move_to_where_the_draws_are(monkeypatch):
-    """From a Gaussian of other places and far narrower, which nodes that stay would not do."""
+    """From a Gaussian elsewhere, which nodes that stay would not do."""
     start = gaussian_of(CURVED)
     own = start.params["guide"]
-    moved = vi.linear_response(CURVED, vi.solvers.deterministic(CURVED, KEY))
     params = {"guide": {**own, "loc": own["loc"] + 1.0}}
-    wide = with_wide_tails(CURVED, moved._replace(params=params))
+    wide = with_wide_tails(CURVED, start._replace(params=params))
     response = candidate_of("shifted", wide, judge_of(CURVED, wide, None), iter([KEY] * 9))
     monkeypatch.setattr("vi_params.approximation.polish.ROUNDS", 3)
     with compiler() as pool:

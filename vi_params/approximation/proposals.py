@@ -75,14 +75,7 @@ def mixture(found: Mixture, df: int | None) -> Proposal:
 def log_density_of(solution: Solution, df: int | None) -> Callable[[np.ndarray], np.ndarray]:
     """The log density over rows of unconstrained vectors of a mixture, of normals or of Student-t
     distributions."""
-    values = values_of(solution)
-    if "frame" in values:
-        along, across = Components(**values["along"]), Across(**values["across"])
-        found = Mixture(Parts(along, across), frame_of(values["frame"]))
-    else:
-        along = Components(**values)
-        nothing = np.zeros((len(along.weights), 0))
-        found = Mixture(Parts(along, Across(nothing, nothing)), None)
+    found = _mixture_of(values_of(solution))
 
     def log_density(u: np.ndarray) -> np.ndarray:
         y = found.coordinates(u, np)
@@ -100,10 +93,18 @@ def proposal_of(solution: Solution) -> Proposal | None:
     if fields == {"loc", "scale_tril"}:
         return contaminated_normal(**values_of(solution))
     if fields == set(Components._fields):
-        along = Components(**values_of(solution))
-        nothing = np.zeros((len(along.weights), 0))
-        return mixture(Mixture(Parts(along, Across(nothing, nothing)), None), None)
+        return mixture(_mixture_of(values_of(solution)), None)
     return None
+
+
+def _mixture_of(values: dict[str, Any]) -> Mixture:
+    """The mixture whose constrained parameters these are: what `Mixture.values` gives."""
+    if "frame" in values:
+        along, across = Components(**values["along"]), Across(**values["across"])
+        return Mixture(Parts(along, across), frame_of(values["frame"]))
+    along = Components(**values)
+    nothing = np.zeros((len(along.weights), 0))
+    return Mixture(Parts(along, Across(nothing, nothing)), None)
 
 
 def values_of(solution: Solution) -> dict[str, Any]:

@@ -123,13 +123,15 @@ def active_mixture(
             )
         )
     num, rest = num_components, dim - num_active
-    terms = 1 + num_active + (num_nodes or 0)
-    coupled = {
-        "weights": Param(np.zeros((terms, rest, rest))),
-        "nodes": Param(np.zeros((num_nodes or 0, num_active))),
-        "centre": Param(np.zeros(num_active)),
-        "unit": Param(np.ones(num_active)),
-    }
+    terms, splines = 1 + num_active, {}
+    if num_nodes is not None:
+        terms += num_nodes
+        splines["coupled"] = {
+            "weights": Param(np.zeros((terms, rest, rest))),
+            "nodes": Param(np.zeros((num_nodes, num_active))),
+            "centre": Param(np.zeros(num_active)),
+            "unit": Param(np.ones(num_active)),
+        }
     declared = {
         name: {
             "along": {
@@ -152,7 +154,7 @@ def active_mixture(
                 "shifts": Param(np.zeros((terms, rest))),
                 "log_scales": Param(np.zeros((terms, rest))),
                 "tilts": Param(np.zeros(rest)),
-                **({} if num_nodes is None else {"coupled": coupled}),
+                **splines,
             },
         }
     }

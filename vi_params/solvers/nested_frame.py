@@ -70,7 +70,7 @@ def num_nodes_for(num_active: int) -> int:
     return NODES.get(num_active, MOST_NODES)
 
 
-def precision_of(rows: Any) -> float:
+def rounding_of(rows: Any) -> float:
     """The relative error of what is computed in the dtype of an array."""
     return float(jnp.finfo(rows.dtype).eps)
 
@@ -179,11 +179,11 @@ def _modes(
         usable = xp.all(xp.isfinite(precision))
         precision = xp.where(usable, precision, xp.eye(rest, dtype=dtype))
         values, vectors = eigh(precision, xp)
-        sizes, along = xp.maximum(xp.abs(values), FLAT), exact(vectors.T, slope, xp)
-        moved = exact(vectors, along / (sizes + damping), xp)
-        length = xp.sqrt(xp.sum(moved**2))
-        moved = moved * xp.minimum(1.0, LONGEST * rest**0.5 / xp.maximum(length, 1e-30))
-        return moved, xp.sum(along**2 / sizes), usable & xp.all(values > 0)
+        sizes, turned = xp.maximum(xp.abs(values), FLAT), exact(vectors.T, slope, xp)
+        stride = exact(vectors, turned / (sizes + damping), xp)
+        length = xp.sqrt(xp.sum(stride**2))
+        stride = stride * xp.minimum(1.0, LONGEST * rest**0.5 / xp.maximum(length, 1e-30))
+        return stride, xp.sum(turned**2 / sizes), usable & xp.all(values > 0)
 
     def begun(a: Any, c: Any, slope: Any, precision: Any, damping: Any) -> Search:
         found = in_turn(newton, (slope, precision, damping), xp)

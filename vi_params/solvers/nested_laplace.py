@@ -2,28 +2,26 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from vi_params._cache import program
 from vi_params._check import explain, require_instance
 from vi_params._compile import Quick
-from vi_params._over import over
 from vi_params._tree import pick
 from vi_params.guide import Guide
 from vi_params.guides import active_mixture
 from vi_params.guides.contaminated import SCALES
 from vi_params.guides.location_scale import require_gaussian
-from vi_params.importance import at_once
 from vi_params.params import constrain, unconstrain
 from vi_params.solvers.mixture_families import contaminated, require_room
 from vi_params.solvers.nested_frame import (
     along,
     nested_frame,
     num_nodes_for,
-    precision_of,
+    rounding_of,
     whitened,
 )
+from vi_params.solvers.slopes import gradient_at
 from vi_params.solvers.solution import Solution, own_name
 from vi_params.solvers.start import data_of
 from vi_params.solvers.third_derivative import fixed_directions, third_derivative
@@ -100,14 +98,10 @@ def _build(target: Target, start: Guide, num_active: int) -> tuple[Guide, Quick]
         own = constrain(start.declared, pick(params, start.declared))[name]
         values = constrain(target.declared, pick(params, target.declared))
         loc, scale_tril = require_gaussian(own, f"{WHERE}, solution")
-        slope = jax.grad(lambda u: flat(target).log_density(u, values, data))
-
-        def gradient(u: jax.Array) -> jax.Array:
-            return over(slope, u, at_once(len(u), target, data))
-
+        gradient = gradient_at(target, values, data)
         third = third_derivative(whitened(gradient, loc, scale_tril, None, jnp), len(loc))
         directions, _ = fixed_directions(third, scale_tril, num_active)
-        frame, _ = nested_frame(along(loc, scale_tril, directions), gradient, precision_of(loc))
+        frame, _ = nested_frame(along(loc, scale_tril, directions), gradient, rounding_of(loc))
         others = {key: params[key] for key in params if key != name}
         found = {name: contaminated(frame).values}
         return {**others, **unconstrain(guide.declared, found)}

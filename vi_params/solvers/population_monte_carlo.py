@@ -68,8 +68,7 @@ def population_monte_carlo(
         key: a typed random key.
         data: the data; the target's own where None.
         init: a Gaussian `Solution`, such as `vi.linear_response` gives, a mixture's or, with
-            `num_active`, one by `vi.solvers.conditional_gaussian` or
-            `nested_laplace`.
+            `num_active`, one by `vi.solvers.conditional_gaussian` or `vi.solvers.nested_laplace`.
         num_components: of the mixture, beside the guard.
         num_active: along how many directions the components are free; None for all. Across them
             they have locations and scales of their own. The directions are the leading

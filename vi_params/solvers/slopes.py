@@ -40,20 +40,27 @@ HALVINGS = 20
 
 def slopes_at(target: Target, values: Any, position: Any, log_weights: Any, data: Any) -> Slopes:
     """The gradients at weighted draws, within a program."""
-    size = min(SIDE_BY_SIDE, at_once(len(position), target, data))
+    return Slopes(position, gradient_at(target, values, data)(position), evened(log_weights))
+
+
+def gradient_at(target: Target, values: Any, data: Any) -> Callable[[jax.Array], jax.Array]:
+    """The gradient of the log density at rows u, shape (n, dim), within a program, for constrained
+    parameters of the target."""
     gradient = jax.grad(lambda u: flat(target).log_density(u, values, data))
-    return Slopes(position, over(gradient, position, size), evened(log_weights))
+
+    def at(rows: jax.Array) -> jax.Array:
+        return over(gradient, rows, min(SIDE_BY_SIDE, at_once(len(rows), target, data)))
+
+    return at
 
 
 def gradients(target: Target) -> Quick:
     """The program `(params, rows u, data) -> gradients of the log density` of a target."""
-    flat_target = flat(target)
 
     @Quick
     def at(params: Any, rows: jax.Array, data: Any) -> jax.Array:
         values = constrain(target.declared, pick(params, target.declared))
-        gradient = jax.grad(lambda u: flat_target.log_density(u, values, data))
-        return over(gradient, rows, min(SIDE_BY_SIDE, at_once(len(rows), target, data)))
+        return gradient_at(target, values, data)(rows)
 
     return at
 

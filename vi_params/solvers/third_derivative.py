@@ -44,7 +44,8 @@ def third_derivative(gradient: Callable[[Any], Any], dim: int, xp: Any = jnp) ->
     place = np.zeros((dim, dim), int)
     place[rows, columns] = place[columns, rows] = np.arange(len(rows))
     same = np.diagonal(place)
-    steps = STEP * (np.eye(dim)[rows] + np.where(rows == columns, 0.0, np.eye(dim)[columns].T).T)
+    axes = np.eye(dim)
+    steps = STEP * (axes[rows] + (rows != columns)[:, None] * axes[columns])
     points = np.concatenate([steps, -steps, np.zeros((1, dim))])
     found = gradient(xp.asarray(points))
     ahead, behind, here = found[: len(rows)], found[len(rows) : -1], found[-1]
