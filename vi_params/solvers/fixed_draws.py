@@ -23,7 +23,7 @@ from jax import lax
 
 from vi_params._over import divisor, over
 from vi_params.solvers.curvature import MISSING, along
-from vi_params.solvers.trust_region import LAST, Smooth, matrix_free
+from vi_params.solvers.trust_region import INEXACT, LAST, Smooth, matrix_free
 
 DENSE = 32
 """The largest number of latents and model parameters for which the Hessian is held as a matrix."""
@@ -239,7 +239,7 @@ def _matrix_free(log_density: LogDensity, draws: jax.Array, few: jax.Array, size
         x, stage = at
         return along(lambda x: expand(x, stage)[1], x, v, units(x, dim))
 
-    return Smooth(lambda x, stage: (*expand(x, stage), (x, jnp.asarray(stage))), product)
+    return Smooth(lambda x, stage: (*expand(x, stage), (x, jnp.asarray(stage))), product, INEXACT)
 
 
 def units(x: jax.Array, dim: int) -> jax.Array:

@@ -23,6 +23,10 @@ from vi_params.solvers.optima import FAR
 from vi_params.solvers.solution import ENDED
 from vi_params.solvers.trust_region import LAST, Minimum, minimise, not_begun
 
+ROUGH = 0.1
+"""How many nats a Newton step may still promise at the end of the first stage: the optima of few
+draws are further from that of all."""
+
 SAME_MODEL = 0.1
 """How far apart the target's own parameters may be at the same optimum; they have no scale."""
 
@@ -70,7 +74,7 @@ def search(
             f,
             starts.at[:2].set(known),
             layout.units,
-            tolerance=tolerance,
+            tolerance=jnp.where(stage == LAST, tolerance, max(tolerance, ROUGH)),
             max_steps=max_steps,
             stage=stage,
             enabled=enabled,

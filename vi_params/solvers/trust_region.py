@@ -26,6 +26,10 @@ LARGEST = 1e8
 LAST = np.int32(-1)
 """The stage of a function that has one only, and the last one of others."""
 
+INEXACT = 0.3
+"""The accuracy of steps where a product costs more than an expansion: more steps, fewer products
+over all."""
+
 CG_STEPS = 200
 """How many products with the Hessian one step takes at most."""
 
@@ -37,10 +41,12 @@ class Smooth(NamedTuple):
         expand: `(x, stage) -> (value, gradient, curvature)`, the curvature any pytree of arrays,
             the stage an int32 that may be traced.
         product: `(curvature, v) -> H v`.
+        accuracy: up to which share of the gradient is left conjugate gradients go on.
     """
 
     expand: Callable[[jax.Array, Any], tuple[jax.Array, jax.Array, Any]]
     product: Callable[[Any, jax.Array], jax.Array]
+    accuracy: float = 0.1
 
 
 def matrix_free(
@@ -54,7 +60,9 @@ def matrix_free(
     """
     slope = jax.grad(f)
     expand = jax.value_and_grad(f)
-    return Smooth(lambda x, stage: (*expand(x), x), lambda x, v: along(slope, x, v, scale(x)))
+    return Smooth(
+        lambda x, stage: (*expand(x), x), lambda x, v: along(slope, x, v, scale(x)), INEXACT
+    )
 
 
 class Minimum(NamedTuple):
@@ -99,7 +107,7 @@ def minimise(
     starts: jax.Array,
     scale: Callable[[jax.Array], jax.Array],
     *,
-    tolerance: float,
+    tolerance: Any,
     max_steps: int,
     stage: Any = LAST,
     enabled: jax.Array | bool = True,
@@ -128,6 +136,7 @@ def minimise(
             diagonal * state.grad,
             lambda p: diagonal * f.product(state.curvature, diagonal * p),
             state.radius,
+            f.accuracy,
         )
         x = jnp.where(began, state.x + diagonal * model.step, starts[state.tries])
         value, grad, curvature = f.expand(x, stage)
@@ -188,12 +197,15 @@ class _Model(NamedTuple):
 
 
 def _steihaug(
-    gradient: jax.Array, product: Callable[[jax.Array], jax.Array], radius: jax.Array
+    gradient: jax.Array,
+    product: Callable[[jax.Array], jax.Array],
+    radius: jax.Array,
+    accuracy: float,
 ) -> _Model:
     """Conjugate gradients on g.p + p.Hp / 2, up to the boundary or a direction of descent without
     end."""
     size = jnp.linalg.norm(gradient)
-    enough = jnp.minimum(0.1, jnp.sqrt(size)) * size
+    enough = jnp.minimum(accuracy, jnp.sqrt(size)) * size
 
     def body(carry: Any) -> Any:
         p, hp, r, d, i, _, _ = carry
