@@ -15,6 +15,7 @@ from vi_params.approximation.conditional import LOOKS, conditioned, with_gradien
 from vi_params.approximation.optima import HESSIANS
 from vi_params.guides.frame import REACH, Frame, unbent
 from vi_params.guides.sinh_arcsinh import log_slope, straightened, tilted
+from vi_params.solvers.active import scores
 from vi_params.solvers.conditional_frame import bent
 from vi_params.solvers.solution import Slopes
 
@@ -52,6 +53,12 @@ def many_latents(number):
 def gaussian_of(target, num_hessians=None):
     solution = vi.solvers.deterministic(target, KEY)
     return vi.linear_response(target, solution, num_hessians=num_hessians)
+
+
+def bent_by(frame, slopes, xp):
+    """The frame bent by the scores of a library."""
+    frame, slopes = jax.tree.map(xp.asarray, (frame, slopes))
+    return bent(frame, scores(frame.loc, frame.scale_tril, slopes, xp), xp)
 
 
 def judged(target, found, num_draws=8000):
@@ -105,7 +112,7 @@ def test_it_is_found_from_gradients(own, xp):
     gradient = scores @ np.linalg.inv(root)
     gradient[7] = np.nan
     slopes = Slopes(FRAME.loc + z @ root.T, gradient, np.full(400, 1 / 400))
-    found = bent(*jax.tree.map(xp.asarray, (straight, slopes)), xp)
+    found = bent_by(straight, slopes, xp)
     np.testing.assert_allclose(found.shifts, FRAME.shifts, atol=0.01)
     np.testing.assert_allclose(found.log_scales, FRAME.log_scales, atol=0.01)
     np.testing.assert_allclose(found.tilts, 0.0, atol=0.01)
@@ -127,7 +134,7 @@ def test_skewness_is_found_from_gradients(tilt, xp):
     scores = np.asarray(jax.vmap(jax.grad(log_density))(jnp.asarray(z)), float)
     straight = unbent(np.zeros(3), np.eye(3), np.eye(3), 1, np)
     slopes = Slopes(z, scores, np.full(1000, 1e-3))
-    found = bent(*jax.tree.map(xp.asarray, (straight, slopes)), xp)
+    found = bent_by(straight, slopes, xp)
     np.testing.assert_allclose(found.tilts, [tilt, 0.0], atol=0.25 * abs(tilt))
 
 
@@ -154,7 +161,7 @@ def test_nothing_is_left_across():
     straight = unbent(*FRAME[:3], DIM, np)
     slopes = Slopes(np.ones((30, DIM)), np.ones((30, DIM)), np.full(30, 1 / 30))
     for xp in (np, jnp):
-        found = bent(*jax.tree.map(xp.asarray, (straight, slopes)), xp)
+        found = bent_by(straight, slopes, xp)
         jax.tree.map(np.testing.assert_allclose, found, jax.tree.map(xp.asarray, straight))
 
 

@@ -13,7 +13,7 @@ from vi_params.approximation.polish import compile_polish
 from vi_params.approximation.proposals import compile_values
 from vi_params.approximation.result import compile_draws
 from vi_params.solvers.deterministic import prepared as prepared_solver
-from vi_params.solvers.linear_response import CURVED
+from vi_params.solvers.linear_response import nowhere
 from vi_params.solvers.linear_response import prepared as prepared_response
 from vi_params.target import Target
 
@@ -48,7 +48,7 @@ def compile_usual(
     _, expand, respond = prepared_response(target, name, HESSIANS)
     params, info, draws, response, _ = solve.ahead(pool, key, data, fixed, None)
     if response is None:
-        response = expand.ahead(pool, params, draws, data, CURVED)
+        response, _ = expand.ahead(pool, params, draws, data, *nowhere(draws))
     params, _, _ = respond.ahead(pool, params, info, draws, response)
     guide = wide_tailed(target, name)
     compile_values(pool, guide, params)

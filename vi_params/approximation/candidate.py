@@ -115,10 +115,25 @@ class Candidate(NamedTuple):
         return is_reliable(self.diagnosis)
 
 
-def judged(name: str, solution: Solution, judge: Judge, keys: Iterator[jax.Array]) -> Candidate:
+def judged(
+    name: str,
+    solution: Solution,
+    judge: Judge,
+    keys: Iterator[jax.Array],
+    is_followed: bool = False,
+) -> Candidate:
     """The candidate of a solution: by two small batches of draws where densities take long and
     these leave no doubt, else by two full ones; by the first alone where that is not to be
-    trusted."""
+    trusted.
+
+    Args:
+        name: how it was found.
+        solution: the guide and its parameters.
+        judge: of these.
+        keys: random keys.
+        is_followed: whether a small batch by which it is not to be trusted is enough, since it is
+            looked at again where what follows is not good enough.
+    """
 
     def by(num_draws: int) -> Candidate:
         first, second = next(keys), next(keys)
@@ -129,7 +144,7 @@ def judged(name: str, solution: Solution, judge: Judge, keys: Iterator[jax.Array
 
     if judge.block < min(BATCH, judge.num_draws):
         found = by(judge.block)
-        if found.is_clear:
+        if found.is_clear or (is_followed and not found.is_trustworthy):
             return found
     return by(judge.num_draws)
 

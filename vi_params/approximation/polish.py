@@ -15,9 +15,9 @@ from vi_params.approximation.proposals import compile_params, mixture, params_of
 from vi_params.approximation.result import resampled
 from vi_params.approximation.tails import towards_spreads
 from vi_params.guide import Guide
-from vi_params.guides.frame import frame_of, unbent
+from vi_params.guides.frame import frame_of
 from vi_params.importance import Weighted
-from vi_params.solvers.active import num_different
+from vi_params.solvers.active import num_different, scores
 from vi_params.solvers.mixture_families import Mixture
 from vi_params.solvers.population_monte_carlo import DF, Population, population
 from vi_params.solvers.solution import Solution
@@ -211,9 +211,8 @@ def num_active_of(own: Any, slopes: Any) -> int | None:
         return frame_of(own["frame"]).num_active
     if "weights" in own or len(own["loc"]) <= FREE:
         return None
-    loc, scale_tril = own["loc"], own["scale_tril"]
-    frame = unbent(loc, scale_tril, np.eye(len(loc)), ACTIVE, np)
-    return min(max(num_different(frame, slopes), ACTIVE), MORE_ACTIVE)
+    seen = scores(own["loc"], own["scale_tril"], slopes, np)
+    return min(max(num_different(seen), ACTIVE), MORE_ACTIVE)
 
 
 def is_stale(shares: list[float]) -> bool:

@@ -52,6 +52,7 @@ def mixture(found: Mixture, df: int | None) -> Proposal:
     (weights, locs, scale_trils), across = found.parts
     num_active, rest = locs.shape[1], across.locs.shape[1]
     frame = found.frame
+    root = None if frame is None else frame.root(np)
 
     def draw(random: np.random.Generator, num_draws: int) -> tuple[np.ndarray, np.ndarray]:
         counts = random.multinomial(num_draws, weights / np.sum(weights))
@@ -66,7 +67,7 @@ def mixture(found: Mixture, df: int | None) -> Proposal:
         log_q = logsumexp(part_terms(found.parts, y, df, np), xp=np)
         if frame is None:
             return y, log_q
-        u, log_det = frame.unconstrained_with_log_det(y, np)
+        u, log_det = frame.unconstrained_with_log_det(y, np, root)
         return u, log_q - log_det
 
     return draw

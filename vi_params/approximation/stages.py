@@ -40,6 +40,9 @@ from vi_params.target import Target, flat
 DENSE = 1000
 """The largest dimension in which linear response holds every covariance."""
 
+RESPONSE = "linear response"
+"""What it is called."""
+
 RANK = 64
 """How many directions it holds above."""
 
@@ -75,7 +78,9 @@ def tried(
     modes = _respond(target, first, data, centring, lanes)
     _require_valid(given, first, modes[0], data)
     wide = with_wide_tails(target, modes[0])
-    candidates = [judged("linear response", wide, judge_of(target, wide, data), keys)]
+    judge = judge_of(target, wide, data)
+    is_followed = polish and len(modes) == 1 and can_condition(target, wide)
+    candidates = [judged(RESPONSE, wide, judge, keys, is_followed)]
     if len(modes) > 1:
         merged = merge(target, modes, next(keys), data, num_draws=BATCH)
         name = f"{len(modes)} optima merged"
@@ -86,7 +91,10 @@ def tried(
         if len(modes) == 1:
             # Under a name of its own: the rounds have the same keys whether it is tried or not.
             named = fold_in_name(key, CONDITIONAL)
-            candidates = [response, conditioned(target, response, named, data)]
+            following = conditioned(target, response, named, data)
+            if not following.is_enough and len(response.batches[0].log_ratios) < judge.num_draws:
+                response = judged(RESPONSE, response.solution, judge, keys)
+            candidates = [response, following]
             best, start = best_of(candidates), start_of(target, *candidates)
     is_done = best.is_enough
     if polish and not is_done and can_nest(target):

@@ -160,8 +160,14 @@ class Frame(NamedTuple):
         a, rest = y[..., : self.num_active], y[..., self.num_active :]
         return straight + self._log_slopes(self.across(a, xp)[1], rest, xp)
 
-    def unconstrained_with_log_det(self, y: Any, xp: Any = jnp) -> tuple[Any, Any]:
-        """Both."""
+    def root(self, xp: Any = jnp) -> Any:
+        """C Q, of which each call makes its own unless it is given it."""
+        return exact(self.scale_tril, self.rotation, xp)
+
+    def unconstrained_with_log_det(
+        self, y: Any, xp: Any = jnp, root: Any = None
+    ) -> tuple[Any, Any]:
+        """Both, with the root of the frame where it is known."""
         z, log_det = y, xp.sum(xp.log(xp.diagonal(self.scale_tril)))
         if self.bends(xp):
             a, rest = y[..., : self.num_active], y[..., self.num_active :]
@@ -173,7 +179,8 @@ class Frame(NamedTuple):
             z = xp.concatenate([a, mean + rest], axis=-1)
         if z.ndim == 1:  # of many rows, one product of matrices
             return self.loc + exact(self.scale_tril, exact(self.rotation, z, xp), xp), log_det
-        return self.loc + exact(z, exact(self.scale_tril, self.rotation, xp).T, xp), log_det
+        root = self.root(xp) if root is None else root
+        return self.loc + exact(z, root.T, xp), log_det
 
     def _log_slopes(self, log_scales: Any, rest: Any, xp: Any) -> Any:
         """What scales and tilts add to the logarithm of the determinant."""
@@ -195,11 +202,15 @@ class Frame(NamedTuple):
 
     def straight(self, u: Any, xp: Any = jnp) -> Any:
         """Q' C^-1 (u - loc)."""
-        if xp is jnp:
-            centred = jnp.atleast_2d(u - self.loc).T
-            z = exact(self.rotation.T, solve_triangular(self.scale_tril, centred, lower=True))
-            return z.T.reshape(u.shape)
-        return (u - self.loc) @ (self.rotation.T @ inverse_lower(self.scale_tril, xp)).T
+        return exact(standardised(u, self.loc, self.scale_tril, xp), self.rotation, xp)
+
+
+def standardised(u: Any, loc: Any, scale_tril: Any, xp: Any = jnp) -> Any:
+    """C^-1 (u - loc) of u, shape (dim,) or (n, dim)."""
+    if xp is jnp:
+        centred = jnp.atleast_2d(u - loc).T
+        return solve_triangular(scale_tril, centred, lower=True).T.reshape(u.shape)
+    return (u - loc) @ inverse_lower(scale_tril, xp).T
 
 
 def unbent(loc: Any, scale_tril: Any, rotation: Any, num_active: int, xp: Any = jnp) -> Frame:

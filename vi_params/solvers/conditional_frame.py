@@ -31,7 +31,7 @@ from vi_params._arrays import exact, repeated
 from vi_params._tree import all_finite, where_tree
 from vi_params.guides.frame import Frame, linear, unbent
 from vi_params.guides.sinh_arcsinh import tilt_of
-from vi_params.solvers.active import active_directions, scores
+from vi_params.solvers.active import active_directions, scores, turned
 from vi_params.solvers.solution import Slopes
 
 RIDGE = 0.001
@@ -52,17 +52,18 @@ def conditional_frame(
 ) -> Frame:
     """The coordinates along the active directions of N(loc, C C') and across them, which follow as
     the gradients ask for."""
-    frame = unbent(loc, scale_tril, xp.eye(len(loc), dtype=loc.dtype), num_active, xp)
-    frame = frame._replace(rotation=active_directions(frame, slopes, num_active, xp))
-    return bent(frame, slopes, xp)
+    seen = scores(loc, scale_tril, slopes, xp)
+    rotation = active_directions(xp.eye(len(loc), dtype=loc.dtype), seen, num_active, xp)
+    return bent(unbent(loc, scale_tril, rotation, num_active, xp), seen, xp)
 
 
-def bent(frame: Frame, slopes: Slopes, xp: Any = jnp) -> Frame:
-    """The frame with the means, scales and tilts across that the gradients ask for."""
-    z, gradient, weights = scores(frame, slopes, xp)
+def bent(frame: Frame, seen: Slopes, xp: Any = jnp) -> Frame:
+    """The frame with the means, scales and tilts across that the gradients ask for, given their
+    `scores` in units of the frame's Gaussian."""
     num_active = frame.num_active
-    if num_active == z.shape[1]:
+    if num_active == len(frame.loc):
         return frame
+    z, gradient, weights = turned(seen, frame.rotation, xp)
     terms, c, g = linear(z[:, :num_active], xp), z[:, num_active:], gradient[:, num_active:]
     num = terms.shape[1]
     products = (weights[:, None, None] * terms[:, :, None] * terms[:, None]).reshape(-1, num * num)

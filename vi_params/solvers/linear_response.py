@@ -39,8 +39,8 @@ from vi_params.solvers.start import data_of
 from vi_params.solvers.trust_region import LAST
 from vi_params.target import Target, flat, whole
 
-CURVED, FLAT = np.True_, np.False_
-"""Whether Hessians are asked for."""
+PLACES, SIDE_BY_SIDE = 1000, 25
+"""At how many places one call computes gradients at most, and how many of them side by side."""
 
 
 def linear_response(
@@ -106,7 +106,7 @@ def linear_response(
     guide, expand, respond = prepared(target, name, num_hessians)
     response = solution.response
     if response is None:
-        response = expand(solution.params, solution.noise, data, CURVED)
+        response, _ = expand(solution.params, solution.noise, data, *nowhere(solution.noise))
     params, info, slopes = respond(solution.params, solution.info, solution.noise, response)
     return Solution(guide, params, info, solution.noise, slopes=slopes)
 
@@ -132,9 +132,21 @@ def _require_num_hessians(num_hessians: int | None, rank: int | None) -> None:
 def prepared(
     target: Target, name: str, num_hessians: int | None = None
 ) -> tuple[Guide, Quick, Quick]:
-    """The guide, and the programs `(params, draws, data, whether curved) -> Response`, with so many
-    Hessians, and `(params, info, draws, response) -> (params, info, Slopes)`."""
+    """The guide, and two programs.
+
+    The first is `(params, draws, data, places, number) -> (Response, gradients)`: with number zero
+    the response, with so many Hessians; else the gradients of the log density at that many of the
+    places u, shape (`PLACES`, dim), in the order of these. The other one of the two is zeros: one
+    program for both has the log density compiled once.
+
+    The second is `(params, info, draws, response) -> (params, info, Slopes)`.
+    """
     return program(_build, target, name, num_hessians)
+
+
+def nowhere(draws: Any) -> tuple[Any, Any]:
+    """The places, none of which counts, and the number zero, for draws or their shapes."""
+    return np.zeros((PLACES, draws.shape[1]), draws.dtype), np.int32(0)
 
 
 def _build(target: Target, name: str, num_hessians: int | None) -> tuple[Guide, Quick, Quick]:
@@ -143,9 +155,10 @@ def _build(target: Target, name: str, num_hessians: int | None) -> tuple[Guide, 
     dim = layout.dim
 
     @Quick
-    def expand(params: Any, draws: jax.Array, data: Any, curved: Any) -> Response:
-        """The Hessian and scores that were not at hand; zeros, and the slopes alone, where they are
-        not asked for."""
+    def expand(
+        params: Any, draws: jax.Array, data: Any, places: jax.Array, number: jax.Array
+    ) -> tuple[Response, jax.Array]:
+        """The Hessian and scores that were not at hand, or gradients at places."""
         x, unit = layout.vector(params), layout.units(layout.vector(params))
         theta, x, unit = x[2 * dim :], x[: 2 * dim], unit[: 2 * dim]
         at_once = divisor(len(draws), BLOCK // layout.size(data))
@@ -168,14 +181,14 @@ def _build(target: Target, name: str, num_hessians: int | None) -> tuple[Guide, 
 
             return over(product, few, few_at_once).mean(0)
 
-        def curvature() -> Response:
+        def curvature() -> tuple[Response, jax.Array]:
             """By draws, or where the density has no second derivative by columns, from differences
             of gradients."""
             by_draw = expansion(log_density, few, layout.size(data), 0)
             if exists(by_draw, few, 0):
                 found = by_draw(x, LAST)[2]
                 if few is draws:
-                    return found
+                    return found, jnp.zeros_like(places)
                 hessian, gradient = found.hessian, found.scores.mean(0)
             else:
                 hessian = lax.map(column, jnp.eye(2 * dim, dtype=x.dtype))
@@ -185,14 +198,23 @@ def _build(target: Target, name: str, num_hessians: int | None) -> tuple[Guide, 
             # can be so negative that the whole is not positive definite: that of all is taken.
             missing = (shares.mean(0) - gradient).at[:dim].set(0.0)
             scores = shares.reshape(2, -1, 2 * dim).mean(0)
-            return Response(hessian + jnp.diag(missing), scores, slopes)
+            response = Response(hessian + jnp.diag(missing), scores, slopes)
+            return response, jnp.zeros_like(places)
 
-        def slopes_alone() -> Response:
+        def gradients() -> tuple[Response, jax.Array]:
+            def put(i: jax.Array, found: jax.Array) -> jax.Array:
+                rows = lax.dynamic_slice_in_dim(places, i * SIDE_BY_SIDE, SIDE_BY_SIDE)
+                slopes = over(lambda u: jax.grad(log_density)(u, theta), rows, beside)
+                return lax.dynamic_update_slice_in_dim(found, slopes, i * SIDE_BY_SIDE, 0)
+
+            beside = divisor(SIDE_BY_SIDE, BLOCK // layout.size(data))
+            blocks = (number + SIDE_BY_SIDE - 1) // SIDE_BY_SIDE
+            found = lax.fori_loop(0, blocks, put, jnp.zeros_like(places))
             dtype, pairs = jnp.result_type(x, draws), len(draws) // 2
             hessian, scores = (jnp.zeros((n, 2 * dim), dtype) for n in (2 * dim, pairs))
-            return Response(hessian, scores, over(lambda e: share(x, e)[1], draws, at_once))
+            return Response(hessian, scores, jnp.zeros_like(draws)), found
 
-        return lax.cond(curved, curvature, slopes_alone)
+        return lax.cond(number == 0, curvature, gradients)
 
     @Quick
     def respond(params: Any, info: SolverInfo, draws: jax.Array, response: Response) -> Any:

@@ -5,7 +5,6 @@ is taken, as Koblents and Miguez (2015), A population Monte Carlo scheme with tr
 and its application to stochastic kinetic models, Statistics and Computing 25, do for moments.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +20,7 @@ from vi_params._tree import pick
 from vi_params.importance import at_once
 from vi_params.params import constrain
 from vi_params.solvers.fixed_draws import DENSE
-from vi_params.solvers.linear_response import FLAT, prepared
+from vi_params.solvers.linear_response import PLACES, prepared
 from vi_params.solvers.solution import Slopes, Solution
 from vi_params.target import Target, flat
 
@@ -79,23 +78,27 @@ def gradient_on_host(
         num_hessians: as that linear response was given it.
     """
     (name,) = solution.guide.declared
-    size, dim = solution.noise.shape
+    noise, dim = solution.noise, solution.noise.shape[1]
     if dim <= DENSE:  # the solver had its Hessians itself
-        size, at = ROWS, program(gradients, target)
-    else:
-        _, expand, _ = prepared(target, name, num_hessians)
-        # At location 0 and scale 1 a fixed draw is the place itself.
-        zero = jnp.asarray(np.zeros(dim, solution.noise.dtype))
-        there = {**solution.params, name: {"loc": zero, "scale": zero}}
+        size, compute = ROWS, program(gradients, target)
 
-        def at(_: Any, rows: jax.Array, data: Any) -> jax.Array:
-            return expand(there, rows, data, FLAT).slopes
+        def at(rows: np.ndarray, _: int) -> jax.Array:
+            return compute(solution.params, rows, data)
+    else:
+        size, (_, expand, _) = PLACES, prepared(target, name, num_hessians)
+        anywhere = np.zeros(dim, noise.dtype)
+        there = {**solution.params, name: {"loc": anywhere, "scale": anywhere}}
+
+        def at(rows: np.ndarray, number: int) -> jax.Array:
+            return expand(there, noise, data, rows, np.int32(number))[1]
 
     def gradient(u: np.ndarray) -> np.ndarray:
-        blocks = np.resize(u, (math.ceil(len(u) / size), size, dim))
-        rows = (jnp.asarray(block, solution.noise.dtype) for block in blocks)
-        found = [jax.device_get(at(solution.params, block, data)) for block in rows]
-        return np.concatenate(found)[: len(u)].astype(float)
+        found = []
+        for begin in range(0, len(u), size):
+            rows = u[begin : begin + size]
+            padded = np.resize(rows, (size, dim)).astype(noise.dtype)
+            found.append(jax.device_get(at(padded, len(rows)))[: len(rows)])
+        return np.concatenate(found).astype(float)
 
     return gradient
 
