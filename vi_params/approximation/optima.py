@@ -13,7 +13,7 @@ TOLERANCE = 0.01
 """How many nats a Newton step may still promise at the end: the error of fixed draws, and what
 linear response corrects, are larger."""
 
-HESSIANS = 4
+HESSIANS = 8
 """At how many fixed draws Hessians are computed for the linear response of many latents: importance
 weights judge its covariances, and what follows corrects them."""
 

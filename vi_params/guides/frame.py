@@ -106,12 +106,12 @@ class Frame(NamedTuple):
         return xp is jnp or bool(self.tilts.any())
 
     def across(self, a: Any, xp: Any = jnp) -> tuple[Any, Any, Any]:
-        """The means and the log scales across, at coordinates along or at rows of them, and the
-        terms that they are made of."""
+        """The means and the scales across, at coordinates along or at rows of them, and the terms
+        that they are made of."""
         terms = self.terms(a, xp)
-        log_scales, means = exact(terms, self.log_scales, xp), exact(terms, self.shifts, xp)
-        means = xp.exp(2 * log_scales) * means if self.coupled is None else means
-        return means, log_scales, terms
+        scales = xp.exp(exact(terms, self.log_scales, xp))
+        means = exact(terms, self.shifts, xp)
+        return scales**2 * means if self.coupled is None else means, scales, terms
 
     def terms(self, a: Any, xp: Any = jnp) -> Any:
         """The terms p(a), or one and a, at coordinates along or at rows of them."""
@@ -158,7 +158,7 @@ class Frame(NamedTuple):
         if not self.bends(xp):
             return straight
         a, rest = y[..., : self.num_active], y[..., self.num_active :]
-        return straight + self._log_slopes(self.across(a, xp)[1], rest, xp)
+        return straight + self._log_slopes(self.terms(a, xp), rest, xp)
 
     def root(self, xp: Any = jnp) -> Any:
         """C Q, of which each call makes its own unless it is given it."""
@@ -171,22 +171,23 @@ class Frame(NamedTuple):
         z, log_det = y, xp.sum(xp.log(xp.diagonal(self.scale_tril)))
         if self.bends(xp):
             a, rest = y[..., : self.num_active], y[..., self.num_active :]
-            mean, log_scales, terms = self.across(a, xp)
-            log_det = log_det + self._log_slopes(log_scales, rest, xp)
+            mean, scales, terms = self.across(a, xp)
+            log_det = log_det + self._log_slopes(terms, rest, xp)
             if self.is_tilted(xp):
                 rest = tilted(rest, self.tilts, xp)
-            rest = self.pulled(terms, xp.exp(log_scales) * rest, xp)
+            rest = self.pulled(terms, scales * rest, xp)
             z = xp.concatenate([a, mean + rest], axis=-1)
         if z.ndim == 1:  # of many rows, one product of matrices
             return self.loc + exact(self.scale_tril, exact(self.rotation, z, xp), xp), log_det
         root = self.root(xp) if root is None else root
         return self.loc + exact(z, root.T, xp), log_det
 
-    def _log_slopes(self, log_scales: Any, rest: Any, xp: Any) -> Any:
+    def _log_slopes(self, terms: Any, rest: Any, xp: Any) -> Any:
         """What scales and tilts add to the logarithm of the determinant."""
-        if self.is_tilted(xp):
-            log_scales = log_scales + log_slope(rest, self.tilts, xp)
-        return xp.sum(log_scales, axis=-1)
+        scales = exact(terms, xp.sum(self.log_scales, axis=1), xp)
+        if not self.is_tilted(xp):
+            return scales
+        return scales + xp.sum(log_slope(rest, self.tilts, xp), axis=-1)
 
     def coordinates(self, u: Any, xp: Any = jnp) -> Any:
         """The coordinates of u, shape (dim,) or (n, dim)."""
@@ -194,8 +195,8 @@ class Frame(NamedTuple):
         if not self.bends(xp):
             return z
         a = z[..., : self.num_active]
-        mean, log_scales, terms = self.across(a, xp)
-        rest = self.released(terms, z[..., self.num_active :] - mean, xp) * xp.exp(-log_scales)
+        mean, scales, terms = self.across(a, xp)
+        rest = self.released(terms, z[..., self.num_active :] - mean, xp) / scales
         if self.is_tilted(xp):
             rest = straightened(rest, self.tilts, xp)
         return xp.concatenate([a, rest], axis=-1)

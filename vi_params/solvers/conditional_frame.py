@@ -19,7 +19,7 @@ gradients, with little of the noise of weighted draws.
 What is left of the gradient in b = (c - m(a)) / s(a) tells the skewness: a density near the normal
 one whose log has the third derivative k_j has the score -b_j + k_j (b_j^2 - 1) / 2 and, to first
 order in k_j, mean zero, variance one and skewness k_j (the Edgeworth series). The tilts are those
-that have it.
+that have it, none where what is seen of them may be noise.
 """
 
 import math
@@ -42,6 +42,10 @@ LEAST, STEEPEST = 0.2, 1.0
 
 NEAR = 5.0
 """Only gradients at a coordinate within so many standard deviations tell of its skewness."""
+
+CERTAIN, ALL = 36.0, 3.0
+"""How many of its variances the square of one third derivative is, or that of all in the sum, for
+anything to be skewed: without tilts draws take less time."""
 
 STEPS, LONGEST = 6, 1.0
 """How many steps are made, and how far each coefficient of a log precision moves in one."""
@@ -93,17 +97,29 @@ def bent(frame: Frame, seen: Slopes, xp: Any = jnp) -> Frame:
     log_scales = -0.5 * log_t
     scales = xp.exp(exact(terms, log_scales, xp))
     b = (c - scales**2 * exact(terms, shifts, xp)) / scales
-    tilts = tilt_of(_third(b, g * scales, weights, xp), xp)
+    tilts = tilt_of(_told(*_third(b, g * scales, weights, xp), xp), xp)
     found = frame._replace(shifts=shifts, log_scales=log_scales, tilts=tilts)
     return where_tree(all_finite(found, xp=xp), found, frame, xp)
 
 
-def _third(b: Any, gradient: Any, weights: Any, xp: Any) -> Any:
-    """The third derivative k of the log density along each coordinate, shape (dim - num_active,):
-    the gradient has the part k (b^2 - 1) / 2 beside what is linear in b."""
+def _third(b: Any, gradient: Any, weights: Any, xp: Any) -> tuple[Any, Any]:
+    """The third derivative k of the log density along each coordinate, shape (dim - num_active,),
+    and its variance: the gradient has the part k (b^2 - 1) / 2 beside what is linear in b, and a
+    rest."""
     inside = weights[:, None] * (xp.abs(b) < NEAR)
     terms = xp.stack([xp.ones_like(b), b, 0.5 * (b**2 - 1)])
     left = xp.einsum("inj,knj,nj->jik", terms, terms, inside)
-    right = xp.einsum("inj,nj->ji", terms, inside * (gradient + b))
+    slope = gradient + b
+    right = xp.einsum("inj,nj->ji", terms, inside * slope)
     left = left + RIDGE * xp.eye(3, dtype=b.dtype)
-    return xp.linalg.solve(left, right[:, :, None])[:, 2, 0]
+    found = xp.linalg.solve(left, right[:, :, None])[:, :, 0]
+    rest = slope - xp.einsum("inj,ji->nj", terms, found)
+    variance = xp.sum((inside * rest * terms[2]) ** 2, axis=0) / left[:, 2, 2] ** 2
+    return found[:, 2], variance
+
+
+def _told(third: Any, variance: Any, xp: Any) -> Any:
+    """Third derivatives, or zeros where all of them may be noise."""
+    squares = third**2
+    is_seen = xp.any(squares > CERTAIN * variance) | (xp.sum(squares) > ALL * xp.sum(variance))
+    return xp.where(is_seen, third, 0.0)

@@ -80,17 +80,9 @@ def gradient_on_host(
     (name,) = solution.guide.declared
     noise, dim = solution.noise, solution.noise.shape[1]
     if dim <= DENSE:  # the solver had its Hessians itself
-        size, compute = ROWS, program(gradients, target)
-
-        def at(rows: np.ndarray, _: int) -> jax.Array:
-            return compute(solution.params, rows, data)
+        size, at = ROWS, _by_program(target, solution, data)
     else:
-        size, (_, expand, _) = PLACES, prepared(target, name, num_hessians)
-        anywhere = np.zeros(dim, noise.dtype)
-        there = {**solution.params, name: {"loc": anywhere, "scale": anywhere}}
-
-        def at(rows: np.ndarray, number: int) -> jax.Array:
-            return expand(there, noise, data, rows, np.int32(number))[1]
+        size, at = PLACES, _by_response(target, name, solution, data, num_hessians)
 
     def gradient(u: np.ndarray) -> np.ndarray:
         found = []
@@ -101,6 +93,25 @@ def gradient_on_host(
         return np.concatenate(found).astype(float)
 
     return gradient
+
+
+At = Callable[[np.ndarray, int], jax.Array]
+"""`(rows, how many count) -> gradients`, for a fixed number of rows."""
+
+
+def _by_program(target: Target, solution: Solution, data: Any) -> At:
+    compute = program(gradients, target)
+    return lambda rows, _: compute(solution.params, rows, data)
+
+
+def _by_response(
+    target: Target, name: str, solution: Solution, data: Any, num_hessians: int | None
+) -> At:
+    _, expand, _ = prepared(target, name, num_hessians)
+    # Gradients at places do not depend on where the guide is.
+    zeros = jnp.asarray(np.zeros(solution.noise.shape[1], solution.noise.dtype))
+    params = {**solution.params, name: {"loc": zeros, "scale": zeros}}
+    return lambda rows, number: expand(params, solution.noise, data, rows, np.int32(number))[1]
 
 
 def slopes_by_response(
