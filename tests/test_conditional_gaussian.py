@@ -8,11 +8,13 @@ from numpyro import distributions as dist
 from scipy import stats
 
 import vi_params as vi
-from vi_params._compile import Quick
+from vi_params._compile import Quick, compiler
 from vi_params.approximation.candidate import judge_of, with_wide_tails
 from vi_params.approximation.candidate import judged as candidate_of
 from vi_params.approximation.conditional import LOOKS, conditioned, with_gradients
+from vi_params.approximation.judge import BATCH, FEWER
 from vi_params.approximation.optima import HESSIANS
+from vi_params.approximation.stages import tried
 from vi_params.guides.frame import REACH, Frame, unbent
 from vi_params.guides.sinh_arcsinh import log_slope, straightened, tilted
 from vi_params.solvers.active import scores
@@ -136,6 +138,21 @@ def test_skewness_is_found_from_gradients(tilt, xp):
     slopes = Slopes(z, scores, np.full(1000, 1e-3))
     found = bent_by(straight, slopes, xp)
     np.testing.assert_allclose(found.tilts, [tilt, 0.0], atol=0.25 * abs(tilt))
+
+
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_noise_makes_no_tilts(xp):
+    """None where the scores of a Gaussian have errors, though third derivatives are found; all that
+    are found where one coordinate of many, or all of them a little, are skewed."""
+    random = np.random.default_rng(3)
+    z = random.standard_normal((1000, 101))
+    errors = 0.3 * random.standard_normal((1000, 101))
+    straight = unbent(np.zeros(101), np.eye(101), np.eye(101), 1, np)
+    for skewed, third in ((slice(0), 0.0), (slice(7, 8), 0.2), (slice(1, None), 0.04)):
+        scores = -z + errors
+        scores[:, skewed] += third * (z[:, skewed] ** 2 - 1) / 2
+        found = bent_by(straight, Slopes(z, scores, np.full(1000, 1e-3)), xp)
+        assert np.any(found.tilts) == np.all(found.tilts) == (third > 0)
 
 
 def test_counts_of_many_latents():
@@ -329,6 +346,27 @@ def test_what_is_not_enough_is_looked_at_again(monkeypatch):
         "solve",
     ]
     assert all(program.light._cache_size() <= 1 for program in called)
+
+
+def test_a_linear_response_that_is_followed_is_judged_by_few_draws(monkeypatch):
+    """Where densities take long and few draws do not trust it; by all that it needs where what
+    follows is not enough."""
+    monkeypatch.setattr("vi_params.approximation.judge.QUICK", 10**6)
+    target = many_latents(120)
+    with compiler() as pool:
+
+        def found():
+            return tried(pool, target, target, KEY, None, 2, True, False)
+
+        response, following = found()
+        assert not response.is_trustworthy
+        assert following.is_enough
+        assert response.diagnosis.num_draws == FEWER
+        monkeypatch.setattr("vi_params.approximation.conditional.ENOUGH", (0.0, 1.0))
+        monkeypatch.setattr("vi_params.approximation.stages.polished", lambda *args: args[2])
+        response, _, begun_with = found()
+        assert response.diagnosis.num_draws == BATCH
+        assert begun_with is response
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,21 @@ def test_lanes_go_on_themselves_where_the_best_one_came_to_no_end(ended, at):
     assert found.steps.tolist() == [8, 8, 8]
 
 
+def test_the_first_stage_is_rough(monkeypatch):
+    """It ends sooner than it would by the tolerance of the second one, which ends where it did."""
+
+    def log_density(values, latents, data):
+        return -jnp.sum(jnp.cosh(3.0 * latents["z"]))
+
+    found = []
+    for rough in (0.0, 0.1):
+        monkeypatch.setattr("vi_params.solvers.lanes.ROUGH", rough)
+        target = vi.target(log_density, {"z": vi.Latent((40,))})
+        found.append(vi.solvers.deterministic(target, KEY, lanes=1).info)
+    assert found[1].steps < found[0].steps
+    np.testing.assert_allclose(found[0].elbo, found[1].elbo, rtol=1e-5)
+
+
 def test_what_is_told_is_of_all_draws():
     """Four draws flatter where latents are correlated: the ELBO, gradients at the draws and
     statuses of every lane are those at all of them."""

@@ -8,7 +8,14 @@ from scipy import stats
 
 import vi_params as vi
 from vi_params.params import constrain
-from vi_params.solvers.slopes import EFFECTIVE, GRADIENTS, evened, slopes_at, slopes_by_response
+from vi_params.solvers.slopes import (
+    EFFECTIVE,
+    GRADIENTS,
+    evened,
+    gradient_on_host,
+    slopes_at,
+    slopes_by_response,
+)
 from vi_params.target import flat
 
 DIM = 40
@@ -67,6 +74,10 @@ def test_gradients_are_those_of_autodiff():
     np.testing.assert_allclose(found.position, POSITION[few])
     np.testing.assert_allclose(found.gradient, expected[few], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(found.weights, evened(LOG_WEIGHTS[few], np))
+    on_host = gradient_on_host(TARGET, response, TARGET.data)
+    for number in (1, GRADIENTS, len(POSITION)):  # a part of a call, one, and more
+        found = on_host(POSITION[:number])
+        np.testing.assert_allclose(found, expected[:number], rtol=1e-4, atol=1e-4)
     inside = slopes_at(TARGET, values, position, jnp.asarray(LOG_WEIGHTS), TARGET.data)
     np.testing.assert_allclose(inside.gradient, expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(inside.weights, evened(LOG_WEIGHTS, np), rtol=1e-4)
