@@ -11,7 +11,7 @@ import vi_params as vi
 from vi_params._compile import Quick, compiler
 from vi_params.approximation.candidate import judge_of, with_wide_tails
 from vi_params.approximation.candidate import judged as candidate_of
-from vi_params.approximation.conditional import LOOKS, conditioned, with_gradients
+from vi_params.approximation.conditional import LARGER, conditioned, with_gradients
 from vi_params.approximation.judge import BATCH, FEWER
 from vi_params.approximation.optima import HESSIANS
 from vi_params.approximation.stages import tried
@@ -332,11 +332,11 @@ def test_what_is_not_enough_is_looked_at_again(monkeypatch):
     response = with_gradients(target, response, None)
     assert len(response.solution.slopes.weights) == 1000
     enough = conditioned(target, response, KEY, None)
-    assert enough.diagnosis.num_draws == LOOKS[0]
+    assert enough.diagnosis.num_draws == BATCH
     assert enough.is_enough
     monkeypatch.setattr("vi_params.approximation.conditional.ENOUGH", (0.0, 1.0))
     spare = conditioned(target, response, KEY, None)
-    assert spare.diagnosis.num_draws == LOOKS[1]
+    assert spare.diagnosis.num_draws == LARGER
     assert spare.is_spare
     names = sorted(program.light.__name__ for program in called)
     assert [name for name in names if name != "<lambda>"] == [

@@ -158,7 +158,18 @@ def once(
     num_draws: int | None = None,
 ) -> Candidate:
     """The candidate of a solution, by one batch of draws."""
-    drawn, diagnosis = judge(key, num_draws)
+    return judged_by(name, solution, judge, judge(key, num_draws), good)
+
+
+def judged_by(
+    name: str,
+    solution: Solution,
+    judge: Judge,
+    seen: tuple[Weighted, Diagnosis],
+    good: tuple[float, float],
+) -> Candidate:
+    """The candidate of a solution, by a batch of draws that is known."""
+    drawn, diagnosis = seen
     return Candidate(name, solution, diagnosis, (drawn,), judge, good=good)
 
 

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from vi_params._cache import program
-from vi_params.approximation.candidate import Candidate, confirmed, once
-from vi_params.approximation.judge import BATCH, judge_of_proposal
+from vi_params.approximation.candidate import Candidate, confirmed, judged_by, once
+from vi_params.approximation.judge import BATCH, judge_of_proposal, pooled
 from vi_params.approximation.optima import HESSIANS
 from vi_params.approximation.proposals import compile_params, mixture, params_of, values_of
 from vi_params.approximation.tails import HEAVY_ERROR
@@ -29,8 +29,8 @@ FEW_LATENTS = 8
 ENOUGH = 0.65, 0.35
 """The k-hat below which, and the share of effective draws above which, rounds gain little more."""
 
-LOOKS = BATCH, 2 * BATCH
-"""By how many draws it is judged."""
+LARGER = 2 * BATCH
+"""By how many draws it is judged where a batch does not show all."""
 
 CONDITIONAL = "conditional Gaussian"
 """What it is called."""
@@ -48,7 +48,7 @@ def can_condition(target: Target, start: Solution) -> bool:
 
 def conditioned(target: Target, response: Candidate, key: jax.Array, data: Any) -> Candidate:
     """The conditional Gaussian of a linear response, judged by two batches of draws, and where it
-    is to be trusted, but not yet enough, by two larger ones.
+    is to be trusted, but not yet enough, by as many further ones with these.
 
     Unless the spread with the heaviest tail shows well, it is a spare one: across its directions it
     has no wide tails, and few draws tell of those that it lacks.
@@ -61,23 +61,29 @@ def conditioned(target: Target, response: Candidate, key: jax.Array, data: Any) 
     """
     start = response.solution
     found = conditional(values_of(start), jax.device_get(start.slopes), ACTIVE, np)
-    proposal = mixture(found, None)
-    keys = jax.random.split(key, 2 * len(LOOKS))
-    for i, num_draws in enumerate(LOOKS):
-        judge = judge_of_proposal(target, proposal, start.params, data, num_draws)
-        candidate = once(CONDITIONAL, start, judge, keys[2 * i], ENOUGH)
-        if candidate.is_trustworthy:
-            again = once(CONDITIONAL, start, judge, keys[2 * i + 1], ENOUGH)
-            candidate = confirmed(candidate, again)
-        if not candidate.is_trustworthy:  # its solution is not asked for
-            return candidate._replace(is_spare=True)
-        spread = candidate.spread
-        shows_well = candidate.is_good and spread is not None and spread.error <= HEAVY_ERROR
-        if shows_well:
-            break
+    proposal, keys = mixture(found, None), iter(jax.random.split(key, 4))
+    judge = judge_of_proposal(target, proposal, start.params, data, BATCH)
+    candidate = once(CONDITIONAL, start, judge, next(keys), ENOUGH)
+    if candidate.is_trustworthy:
+        candidate = confirmed(candidate, once(CONDITIONAL, start, judge, next(keys), ENOUGH))
+    if candidate.is_trustworthy and not _shows_well(candidate):
+        judge = judge_of_proposal(target, proposal, start.params, data, LARGER)
+        looks = [
+            judged_by(CONDITIONAL, start, judge, pooled(batch, judge(other, BATCH)[0]), ENOUGH)
+            for batch, other in zip(candidate.batches, keys, strict=True)
+        ]
+        candidate = confirmed(*looks)
+    if not candidate.is_trustworthy:  # its solution is not asked for
+        return candidate._replace(is_spare=True)
     guide = _guide(target, start.guide)
     solution = start._replace(guide=guide, params={**start.params, **params_of(guide, found)})
-    return candidate._replace(solution=solution, is_spare=not shows_well)
+    return candidate._replace(solution=solution, is_spare=not _shows_well(candidate))
+
+
+def _shows_well(candidate: Candidate) -> bool:
+    """Whether it is good, and so is the spread with the heaviest tail."""
+    spread = candidate.spread
+    return candidate.is_good and spread is not None and spread.error <= HEAVY_ERROR
 
 
 def with_gradients(target: Target, response: Candidate, data: Any) -> Candidate:

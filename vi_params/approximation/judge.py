@@ -51,11 +51,21 @@ class Judge(NamedTuple):
     def __call__(self, key: jax.Array, num_draws: int | None = None) -> tuple[Weighted, Diagnosis]:
         """A batch, and what its weights say."""
         with on_host():
-            latents, position, log_ratios = self.draw(key, num_draws or self.num_draws)
-            # A density that is not a number is outside the support.
-            log_ratios = np.where(np.isnan(log_ratios), -np.inf, log_ratios)
-            weighted = Weighted(latents, position, log_ratios, psis_on_host(log_ratios))
-            return weighted, judged(weighted, np)
+            return _weighed(*self.draw(key, num_draws or self.num_draws))
+
+
+def pooled(one: Weighted, other: Weighted) -> tuple[Weighted, Diagnosis]:
+    """Two batches of one guide as one, and what its weights say."""
+    parts = [(batch.latents, batch.position, batch.log_ratios) for batch in (one, other)]
+    with on_host():
+        return _weighed(*joined(parts, len(one.log_ratios) + len(other.log_ratios)))
+
+
+def _weighed(latents: Any, position: Any, log_ratios: np.ndarray) -> tuple[Weighted, Diagnosis]:
+    # A density that is not a number is outside the support.
+    log_ratios = np.where(np.isnan(log_ratios), -np.inf, log_ratios)
+    weighted = Weighted(latents, position, log_ratios, psis_on_host(log_ratios))
+    return weighted, judged(weighted, np)
 
 
 def judge_of_guide(target: Target, guide: Guide, params: Any, data: Any, num_draws: int) -> Judge:
