@@ -423,10 +423,11 @@ def test_nodes_move_to_where_the_draws_are(monkeypatch):
     wide = with_wide_tails(CURVED, start._replace(params=params))
     response = candidate_of("shifted", wide, judge_of(CURVED, wide, None), iter([KEY] * 9))
     monkeypatch.setattr("vi_params.approximation.polish.ROUNDS", 3)
+    structure = structure_of(CURVED, response.solution, None)
     with compiler() as pool:
-        (found,) = nested(pool, CURVED, response, [], KEY, None)
+        (found,) = nested(pool, CURVED, response, structure, [], KEY, None)
         monkeypatch.setattr("vi_params.approximation.nested.WELL", -1.0)
-        (stayed,) = nested(pool, CURVED, response, [], KEY, None)
+        (stayed,) = nested(pool, CURVED, response, structure, [], KEY, None)
     assert found.share > 0.6
     assert found.share > stayed.share + 0.05
 
@@ -501,9 +502,9 @@ def test_it_is_not_taken_where_it_misses_another_optimum():
     response = candidate_of("one", wide, judge_of(target, wide, None), keys)
     both = candidate_of("both", merged, judge_of(target, merged, None), keys)
     with compiler() as pool:
-        (alone,) = nested(pool, target, response, [], KEY, None)
+        (alone,) = nested(pool, target, response, structure, [], KEY, None)
         assert alone.is_trustworthy  # it cannot know
-        (known,) = nested(pool, target, response, [both], KEY, None)
+        (known,) = nested(pool, target, response, structure, [both], KEY, None)
     assert known.is_partial
     assert settles(alone._replace(spread=None))
     assert not settles(known._replace(spread=None))

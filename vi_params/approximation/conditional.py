@@ -1,6 +1,7 @@
 """What follows where a Gaussian is not good enough: one whose scales follow a few directions,
 skewed across them."""
 
+import itertools
 from concurrent.futures import Executor
 from typing import Any
 
@@ -16,6 +17,7 @@ from vi_params.approximation.tails import HEAVY_ERROR
 from vi_params.guide import Guide
 from vi_params.solvers.conditional_gaussian import conditional, conditional_guide
 from vi_params.solvers.fixed_draws import DENSE as RESPONDED_AT_ONCE
+from vi_params.solvers.mixture_families import Mixture
 from vi_params.solvers.slopes import slopes_by_response
 from vi_params.solvers.solution import Solution
 from vi_params.target import Target, flat
@@ -29,7 +31,7 @@ FEW_LATENTS = 8
 ENOUGH = 0.65, 0.35
 """The k-hat below which, and the share of effective draws above which, rounds gain little more."""
 
-LARGER = 2 * BATCH
+LARGER = (2 * BATCH,)
 """By how many draws it is judged where a batch does not show all."""
 
 CONDITIONAL = "conditional Gaussian"
@@ -47,11 +49,7 @@ def can_condition(target: Target, start: Solution) -> bool:
 
 
 def conditioned(target: Target, response: Candidate, key: jax.Array, data: Any) -> Candidate:
-    """The conditional Gaussian of a linear response, judged by two batches of draws, and where it
-    is to be trusted, but not yet enough, by as many further ones with these.
-
-    Unless the spread with the heaviest tail shows well, it is a spare one: across its directions it
-    has no wide tails, and few draws tell of those that it lacks.
+    """The conditional Gaussian of a linear response.
 
     Args:
         target: what is approximated.
@@ -61,21 +59,50 @@ def conditioned(target: Target, response: Candidate, key: jax.Array, data: Any) 
     """
     start = response.solution
     found = conditional(values_of(start), jax.device_get(start.slopes), ACTIVE, np)
-    proposal, keys = mixture(found, None), iter(jax.random.split(key, 4))
+    return looked_at(CONDITIONAL, target, start, found, key, data)
+
+
+def looked_at(
+    name: str,
+    target: Target,
+    start: Solution,
+    found: Mixture,
+    key: jax.Array,
+    data: Any,
+    good: tuple[float, float] = ENOUGH,
+    larger: tuple[int, ...] = LARGER,
+) -> Candidate:
+    """A Gaussian given some directions, judged by two batches of draws, and while it is to be
+    trusted, but not yet enough, by further ones with these.
+
+    Unless the spread with the heaviest tail shows well, it is a spare one: across its directions it
+    has no wide tails, and few draws tell of those that it lacks.
+
+    Args:
+        name: what it is called.
+        target: what is approximated.
+        start: the linear response that it was found from.
+        found: the Gaussian.
+        key: a typed random key.
+        data: the data.
+        good: the k-hat and the share of effective draws at which it is.
+        larger: how many draws a batch has with the further ones.
+    """
+    proposal, keys = mixture(found, None), (jax.random.fold_in(key, i) for i in itertools.count())
     judge = judge_of_proposal(target, proposal, start.params, data, BATCH)
-    candidate = once(CONDITIONAL, start, judge, next(keys), ENOUGH)
+    candidate = once(name, start, judge, next(keys), good)
     if candidate.is_trustworthy:
-        candidate = confirmed(candidate, once(CONDITIONAL, start, judge, next(keys), ENOUGH))
-    if candidate.is_trustworthy and not _shows_well(candidate):
-        judge = judge_of_proposal(target, proposal, start.params, data, LARGER)
-        looks = [
-            judged_by(CONDITIONAL, start, judge, pooled(batch, judge(other, BATCH)[0]), ENOUGH)
-            for batch, other in zip(candidate.batches, keys, strict=True)
-        ]
-        candidate = confirmed(*looks)
+        candidate = confirmed(candidate, once(name, start, judge, next(keys), good))
+    for num_draws in larger:
+        if not candidate.is_trustworthy or _shows_well(candidate):
+            break
+        judge = judge_of_proposal(target, proposal, start.params, data, num_draws)
+        further = num_draws - len(candidate.batches[0].log_ratios)
+        seen = [pooled(batch, judge(next(keys), further)[0]) for batch in candidate.batches]
+        candidate = confirmed(*(judged_by(name, start, judge, one, good) for one in seen))
     if not candidate.is_trustworthy:  # its solution is not asked for
         return candidate._replace(is_spare=True)
-    guide = _guide(target, start.guide)
+    guide = _guide(target, start.guide, found.parts.along.locs.shape[1])
     solution = start._replace(guide=guide, params={**start.params, **params_of(guide, found)})
     return candidate._replace(solution=solution, is_spare=not _shows_well(candidate))
 
@@ -99,10 +126,10 @@ def with_gradients(target: Target, response: Candidate, data: Any) -> Candidate:
 
 def compile_conditional(pool: Executor, target: Target, start: Guide) -> None:
     """Has compiled, by threads of `pool`, what `conditioned` needs after a guide."""
-    compile_params(pool, _guide(target, start))
+    compile_params(pool, _guide(target, start, ACTIVE))
 
 
-def _guide(target: Target, start: Guide) -> Guide:
+def _guide(target: Target, start: Guide, num_active: int) -> Guide:
     """The conditional Gaussian's, kept for the next call."""
     (name,) = start.declared
-    return program(conditional_guide, target, name, ACTIVE)
+    return program(conditional_guide, target, name, num_active)

@@ -11,12 +11,11 @@ import numpy as np
 
 from vi_params._cache import program
 from vi_params.approximation.candidate import MISSED, Candidate, once
-from vi_params.approximation.conditional import has_many_latents
 from vi_params.approximation.judge import BATCH, judge_of_proposal
-from vi_params.approximation.optima import HESSIANS
 from vi_params.approximation.polish import Course, polish
-from vi_params.approximation.proposals import log_density_of, mixture, values_of
+from vi_params.approximation.proposals import log_density_of, mixture
 from vi_params.approximation.result import resampled
+from vi_params.approximation.structure import Structure
 from vi_params.guides.active_mixture import Across
 from vi_params.guides.frame import Frame
 from vi_params.importance import Weighted
@@ -29,17 +28,12 @@ from vi_params.solvers.nested_frame import (
     num_nodes_for,
     rounding_of,
     spread_nodes,
-    whitened,
 )
 from vi_params.solvers.nested_laplace import nested_guide
-from vi_params.solvers.slopes import evened, gradient_on_host
-from vi_params.solvers.third_derivative import fixed_directions, third_derivative
+from vi_params.solvers.slopes import evened
+from vi_params.solvers.third_derivative import fixed_directions
 from vi_params.solvers.weighted_em import moments
-from vi_params.target import Target, flat
-
-LARGEST = 100
-"""The largest dimension in which it is tried: third derivatives take dim^2 gradients, and more than
-a hundred Hessians 2 dim of them each."""
+from vi_params.target import Target
 
 NESTED, POLISHED = "nested Laplace", "nested Laplace, polished"
 """What it is called, and what rounds make of it."""
@@ -58,15 +52,11 @@ BARE = math.log(20)
 """Where the log density exceeds that of an approximation by so much, this hardly draws."""
 
 
-def can_nest(target: Target) -> bool:
-    """Whether it is worth trying."""
-    return has_many_latents(target) and flat(target).dim <= LARGEST
-
-
 def nested(
     pool: Executor,
     target: Target,
     response: Candidate,
+    structure: Structure,
     others: list[Candidate],
     key: jax.Array,
     data: Any,
@@ -79,14 +69,13 @@ def nested(
         pool: whose threads compile.
         target: what is approximated.
         response: the linear response.
+        structure: seen from there.
         others: mixtures of several optima.
         key: a typed random key.
         data: the data.
     """
     begun = response.solution
-    loc, scale_tril = (values_of(begun)[part] for part in ("loc", "scale_tril"))
-    gradient = gradient_on_host(target, begun, data, HESSIANS)
-    third = third_derivative(whitened(gradient, loc, scale_tril, None, np), len(loc), np)
+    loc, scale_tril, gradient, third = structure
     directions, left = fixed_directions(third, scale_tril, xp=np)
     if not left[-1] < HALF * left[0]:
         return []
@@ -115,7 +104,7 @@ def nested(
     guide = program(nested_guide, target, name, frame.num_active)
     course = Course(guide, {"frame": frame.values}, POLISHED, DRAWS, DF, reframed)
     best = polish(pool, target, start, keys, data, course)
-    return [best._replace(is_partial=any(_misses(best, other) for other in others))]
+    return [best._replace(is_partial=any(misses(best, other, DF) for other in others))]
 
 
 def settles(found: Candidate) -> bool:
@@ -136,13 +125,14 @@ def _nodes(frame: Frame, drawn: Weighted, key: jax.Array) -> Nodes:
     return Nodes(np.concatenate([chosen, about]), mean, np.sqrt(np.sum(root**2, axis=1)))
 
 
-def _misses(best: Candidate, other: Candidate) -> bool:
-    """Whether the draws of another approximation have found mass where this one has hardly any."""
+def misses(best: Candidate, other: Candidate, df: int | None) -> bool:
+    """Whether the draws of another approximation have found mass where this one, of components with
+    so many degrees of freedom, has hardly any."""
     drawn = other.batches[0]
     position = np.asarray(drawn.position, float)
     log_ratios = np.asarray(drawn.log_ratios, float)
     log_p = log_ratios + log_density_of(other.solution, None)(position)
     log_z = float(best.diagnosis.log_evidence)
-    is_bare = log_p - log_z - log_density_of(best.solution, DF)(position) > BARE
+    is_bare = log_p - log_z - log_density_of(best.solution, df)(position) > BARE
     with np.errstate(over="ignore"):  # more than can be counted is missed
         return bool(np.sum(np.exp(log_ratios[is_bare] - log_z)) > MISSED * len(log_ratios))

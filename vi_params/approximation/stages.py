@@ -25,11 +25,13 @@ from vi_params.approximation.conditional import (
     with_gradients,
 )
 from vi_params.approximation.flow import can_flow, flowed
+from vi_params.approximation.given import GIVEN, given_latents
 from vi_params.approximation.judge import BATCH
-from vi_params.approximation.nested import NESTED, can_nest, nested, settles
+from vi_params.approximation.nested import NESTED, nested, settles
 from vi_params.approximation.optima import HESSIANS, optima
 from vi_params.approximation.polish import can_polish, start_of
 from vi_params.approximation.polish import polish as polished
+from vi_params.approximation.structure import has_structure, structure_of
 from vi_params.diagnostics import check
 from vi_params.solvers.linear_response import linear_response
 from vi_params.solvers.merge import merge
@@ -97,13 +99,18 @@ def tried(
             candidates = [response, following]
             best, start = best_of(candidates), start_of(target, *candidates)
     is_done = best.is_enough
-    if polish and not is_done and can_nest(target):
-        merged = candidates[1:] if len(modes) > 1 else []
+    if polish and not is_done and has_structure(target):
+        response, merged = candidates[0], candidates[1:] if len(modes) > 1 else []
+        structure = structure_of(target, response.solution, data)
         named = fold_in_name(key, NESTED)
-        found = nested(pool, target, candidates[0], merged, named, data)
-        best = best_of([*candidates, *found])
+        found = nested(pool, target, response, structure, merged, named, data)
         candidates += found
-        is_done = best.is_enough or any(settles(one) for one in found)
+        is_done = best_of(candidates).is_enough or any(settles(one) for one in found)
+        if not is_done:
+            named = fold_in_name(key, GIVEN)
+            candidates += given_latents(target, response, structure, merged, named, data)
+            is_done = best_of(candidates).is_enough
+        best = best_of(candidates)
     if polish and not is_done and can_polish(target, start):
         candidates.append(polished(pool, target, start, keys, data))
         best = best_of(candidates)
