@@ -12,9 +12,10 @@ import vi_params as vi
 from vi_params._compile import compiler
 from vi_params.approximation.candidate import best_of, judge_of, with_wide_tails
 from vi_params.approximation.candidate import judged as candidate_of
-from vi_params.approximation.nested import LARGEST, can_nest, nested, settles
 from vi_params.approximation.nested import _nodes as moved_nodes
+from vi_params.approximation.nested import nested, settles
 from vi_params.approximation.proposals import log_density_of
+from vi_params.approximation.structure import LARGEST, has_structure, structure_of
 from vi_params.guides.frame import CLIPPED, Coupled, Frame, spline_terms
 from vi_params.importance import Weighted
 from vi_params.importance.psis import psis_on_host
@@ -477,9 +478,9 @@ def test_more_latents_and_data_and_parameters():
 
 def test_where_it_is_tried():
     many = vi.target(curved, {"x": vi.Latent(()), "y": vi.Latent((LARGEST,))})
-    assert can_nest(CURVED)
-    assert not can_nest(many)
-    assert not can_nest(TARGET)  # of few latents a mixture does as well
+    assert has_structure(CURVED)
+    assert not has_structure(many)
+    assert not has_structure(TARGET)  # of few latents a mixture does as well
 
 
 def two_curved(values, latents, data):
@@ -501,6 +502,7 @@ def test_it_is_not_taken_where_it_misses_another_optimum():
     wide = with_wide_tails(target, modes[0])
     response = candidate_of("one", wide, judge_of(target, wide, None), keys)
     both = candidate_of("both", merged, judge_of(target, merged, None), keys)
+    structure = structure_of(target, response.solution, None)
     with compiler() as pool:
         (alone,) = nested(pool, target, response, structure, [], KEY, None)
         assert alone.is_trustworthy  # it cannot know

@@ -19,7 +19,7 @@ from vi_params.solvers.mixture_families import Mixture, contaminated
 from vi_params.solvers.nested_frame import along
 from vi_params.solvers.slopes import evened
 from vi_params.solvers.solution import Slopes
-from vi_params.solvers.third_derivative import fixed_directions
+from vi_params.solvers.third_derivative import LITTLE, fixed_directions
 from vi_params.target import Target
 
 GIVEN = "Gaussian given latents"
@@ -98,6 +98,6 @@ def _directions(structure: Structure) -> tuple[np.ndarray, bool]:
     most = min(SEVERAL, len(structure.loc) - 1)
     directions, left = fixed_directions(structure.third, structure.scale_tril, most, np)
     is_little = left < LEFT * left[0]
-    if is_little.any():
+    if left[0] > LITTLE and is_little.any():
         return directions[:, : int(np.argmax(is_little))], True
     return fixed_directions(structure.third, structure.scale_tril, xp=np)[0], False

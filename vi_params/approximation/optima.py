@@ -9,7 +9,7 @@ from vi_params.solvers.optima import apart
 from vi_params.solvers.solution import ENDED, Solution
 from vi_params.target import Target
 
-TOLERANCE = 0.05
+TOLERANCE = 0.01
 """How many nats a Newton step may still promise at the end: the error of fixed draws, and what
 linear response corrects, are larger."""
 
