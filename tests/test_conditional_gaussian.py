@@ -392,7 +392,27 @@ def test_a_linear_response_that_is_followed_is_judged_by_few_draws(monkeypatch):
         (
             lambda s: vi.solvers.conditional_gaussian(TARGET, s, data=jnp.zeros(3)),
             ValueError,
-            "without a key",
+            "no key, with data",
+        ),
+        (
+            lambda s: vi.solvers.conditional_gaussian(TARGET, s, KEY, given="scales"),
+            ValueError,
+            "given='scales'",
+        ),
+        (
+            lambda s: vi.solvers.conditional_gaussian(TARGET, s, given="latents"),
+            ValueError,
+            "no key, with given='latents'",
+        ),
+        (
+            lambda s: vi.solvers.conditional_gaussian(TARGET, s, num_fits=2),
+            ValueError,
+            "num_fits=2",
+        ),
+        (
+            lambda s: vi.solvers.conditional_gaussian(TARGET, s, KEY, num_fits=0),
+            ValueError,
+            "num_fits",
         ),
         (
             lambda s: vi.solvers.conditional_gaussian(

@@ -81,6 +81,9 @@ def test_more_draws_show_a_heavy_spread(monkeypatch):
     assert found.diagnosis.num_draws == LARGER[-1]
     assert len(found.batches[0].log_ratios) == len(found.batches[1].log_ratios) == LARGER[-1]
     assert not np.array_equal(found.batches[0].log_ratios, found.batches[1].log_ratios)
+    monkeypatch.setattr("vi_params.approximation.judge.QUICK", 10**6)  # densities take longer
+    _, (found,) = found_for(TARGET)
+    assert found.diagnosis.num_draws == LARGER[0]
 
 
 def test_it_is_not_taken_where_it_misses_another_optimum():
@@ -110,3 +113,17 @@ def test_it_is_not_taken_where_it_misses_another_optimum():
         (found,) = given_latents(target, response, structure, others, KEY, None)
         assert found.is_trustworthy
         assert found.is_partial == is_partial
+
+
+def test_the_solver_is_given_latents_too():
+    """And is fitted again to gradients at its own draws: better than given as many directions."""
+    start = vi.linear_response(TARGET, vi.solvers.deterministic(TARGET, KEY))
+
+    def share(**given):
+        found = vi.solvers.conditional_gaussian(TARGET, start, KEY, num_active=SCALES, **given)
+        told = vi.diagnose(TARGET, found.guide, found.params, jax.random.key(1))
+        return float(told.ess) / int(told.num_draws)
+
+    fitted_again = share(given="latents", num_fits=2)
+    assert fitted_again > 0.6
+    assert fitted_again > share(given="latents") > share()

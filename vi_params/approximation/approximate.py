@@ -43,13 +43,17 @@ def approximate(
     - of one optimum in more than 8 dimensions, a Gaussian whose scales follow two directions, and
       skewed across them (`vi.solvers.conditional_gaussian`), in more than 32 from gradients at 1000
       draws, taken only where it is good and the spread with the heaviest tail has a standard error
-      of at most 0.03, or where nothing else is to be trusted;
+      of at most 0.03, or where nothing else is to be trusted; left out in up to 100 dimensions
+      where less than 2 % of the draws of linear response are effective;
     - in 9 to 100 dimensions, where up to four latents leave less than half of the squared third
       derivatives, a nested Laplace approximation given these (`vi.solvers.nested_laplace`) and,
       along them, a mixture of Student-t distributions by population Monte Carlo, its nodes moved to
       where the draws are; of several optima only where it misses no mass that their mixture has
       found. Where it is to be trusted and more than half of its draws are effective, nothing
       follows;
+    - there, too, where that is not enough, a Gaussian given those up to twelve latents that leave
+      less than a tenth of the squared third derivatives, or given the few, its means and scales
+      across them fitted to gradients at 2000 draws of linear response and then, twice, at its own;
     - a mixture polished so in up to 32 dimensions in all directions, or along those two where three
       times as many draws of the conditional Gaussian are effective as of linear response; in up to
       500 along two to four, across which it is conditional as well. It has 16 components, or 32
@@ -57,11 +61,14 @@ def approximate(
       are effective.
 
     Each is judged by Pareto-smoothed importance sampling: a Gaussian by twice 4000 draws, a
-    conditional one that is not yet good enough by twice 8000, a mixture by more, or once where that
-    shows that it is not to be trusted; a clear case, k-hat below 0.3 and half of the draws
-    effective, by twice 1000 where latents and data are more than about 500 numbers. Good is a k-hat
-    below 0.5, a fifth of the draws effective and no spread that other draws might show; for a
-    conditional Gaussian and for mixtures, which gain little more, 0.65 and 35 %, and 0.6 and 40 %.
+    conditional one that is not yet good enough by twice 8000, one given several latents, where
+    latents and data are at most about 500 numbers, by up to twice 64000, a mixture by more, or once
+    where that shows that it is not to be trusted. Where latents and data are more than about 500
+    numbers, a clear case, k-hat below 0.3 and half of the draws effective, is judged by twice 1000,
+    and a Gaussian that is followed by a conditional one by 1000 where these do not trust it. Good
+    is a k-hat below 0.5, a fifth of the draws effective and no spread that other draws might show;
+    for a conditional Gaussian, one given several latents and mixtures, which gain little more, 0.65
+    and 35 %, 0.65 and 20 %, and 0.6 and 40 %.
 
     Trusted is what has a k-hat below 0.7 in two independent judgements, 15 % of the draws effective
     and spreads that show; of several, of those whose log evidence shows that they miss no mass, one

@@ -13,10 +13,8 @@ from vi_params.approximation.nested import misses
 from vi_params.approximation.proposals import mixture
 from vi_params.approximation.structure import Structure
 from vi_params.importance import Weighted
-from vi_params.solvers.active import scores
-from vi_params.solvers.conditional_frame import bent
-from vi_params.solvers.mixture_families import Mixture, contaminated
-from vi_params.solvers.nested_frame import along
+from vi_params.solvers.conditional_gaussian import conditional
+from vi_params.solvers.mixture_families import Mixture
 from vi_params.solvers.slopes import evened
 from vi_params.solvers.solution import Slopes
 from vi_params.solvers.third_derivative import LITTLE, fixed_directions
@@ -36,8 +34,8 @@ GOOD = 0.65, 0.2
 """The k-hat below which, and the share of effective draws above which, rounds gain nothing."""
 
 LARGER = 8000, 64000
-"""By how many draws it is judged where a batch does not show all: they take less time than rounds,
-and the tails of many scales show by them."""
+"""By how many draws it is judged where a batch does not show all, by the last only where densities
+are quick: these take less time than rounds, and the tails of many scales show by them."""
 
 GRADIENTS, PASSES = 2000, 3
 """At how many draws gradients are computed for each fit, and how many fits there are."""
@@ -66,14 +64,13 @@ def given_latents(
     directions, is_gaussian = _directions(structure)
     if directions.shape[1] == 0:
         return []
-    loc, scale_tril, gradient, _ = structure
-    straight = along(loc, scale_tril, directions, np)
+    own = {"loc": structure.loc, "scale_tril": structure.scale_tril}
 
     def fitted(drawn: Weighted) -> Mixture:
         position = np.asarray(drawn.position[:GRADIENTS], float)
         weights = evened(np.asarray(drawn.smoothed.log_weights[:GRADIENTS], float), np)
-        slopes = Slopes(position, gradient(position), weights)
-        return contaminated(bent(straight, scores(loc, scale_tril, slopes, np), np), np)
+        slopes = Slopes(position, structure.gradient(position), weights)
+        return conditional(own, slopes, directions.shape[1], np, directions)
 
     begun, keys = response.solution, jax.random.split(key, PASSES + 1)
     fits, tried, drawn = [], [], response.batches[0]
@@ -84,7 +81,8 @@ def given_latents(
         drawn = tried[-1].batches[0]
     best = best_of(tried)
     found = fits[[one is best for one in tried].index(True)]
-    candidate = looked_at(GIVEN, target, begun, found, keys[-1], data, GOOD, LARGER)
+    larger = LARGER if best.judge.block == BATCH else LARGER[:-1]
+    candidate = looked_at(GIVEN, target, begun, found, keys[-1], data, GOOD, larger)
     if not candidate.is_trustworthy:
         return [candidate]
     is_partial = any(misses(candidate, other, None) for other in others)

@@ -71,9 +71,13 @@ def can_polish(target: Target, start: Candidate) -> bool:
     return flat(target).dim <= (FREE if is_mixture else LARGEST)
 
 
-def start_of(target: Target, response: Candidate, conditional: Candidate) -> Candidate:
-    """Which of the two the rounds begin with: linear response, unless in few dimensions the
-    conditional Gaussian is much better. In many dimensions they are conditional by themselves."""
+def start_of(
+    target: Target, response: Candidate, conditional: Candidate | None = None
+) -> Candidate:
+    """What the rounds begin with: linear response, unless in few dimensions the conditional
+    Gaussian is much better. In many dimensions they are conditional by themselves."""
+    if conditional is None:
+        return response
     is_much = conditional.is_trustworthy and conditional.share > MUCH * response.share
     return conditional if is_much and flat(target).dim <= FREE else response
 

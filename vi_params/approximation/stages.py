@@ -42,6 +42,10 @@ from vi_params.target import Target, flat
 DENSE = 1000
 """The largest dimension in which linear response holds every covariance."""
 
+HOPELESS = 0.02
+"""The share of effective draws of a linear response below which, where latents can be looked for
+that keep the posterior from being a Gaussian, a Gaussian given directions is left out."""
+
 RESPONSE = "linear response"
 """What it is called."""
 
@@ -93,11 +97,13 @@ def tried(
         if len(modes) == 1:
             # Under a name of its own: the rounds have the same keys whether it is tried or not.
             named = fold_in_name(key, CONDITIONAL)
-            following = conditioned(target, response, named, data)
-            if not following.is_enough and len(response.batches[0].log_ratios) < judge.num_draws:
+            is_hopeless = has_structure(target) and response.share < HOPELESS
+            following = [] if is_hopeless else [conditioned(target, response, named, data)]
+            is_judged = len(response.batches[0].log_ratios) == judge.num_draws
+            if not is_judged and not any(one.is_enough for one in following):
                 response = judged(RESPONSE, response.solution, judge, keys)
-            candidates = [response, following]
-            best, start = best_of(candidates), start_of(target, *candidates)
+            candidates = [response, *following]
+            best, start = best_of(candidates), start_of(target, response, *following)
     is_done = best.is_enough
     if polish and not is_done and has_structure(target):
         response, merged = candidates[0], candidates[1:] if len(modes) > 1 else []

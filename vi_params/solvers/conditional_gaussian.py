@@ -16,14 +16,20 @@ from vi_params.guides.contaminated import SCALES
 from vi_params.guides.location_scale import require_gaussian
 from vi_params.importance import at_once, weigh
 from vi_params.params import constrain, unconstrain
-from vi_params.solvers.conditional_frame import conditional_frame
+from vi_params.solvers.active import scores
+from vi_params.solvers.conditional_frame import bent, conditional_frame
 from vi_params.solvers.mixture_families import Mixture, contaminated, require_room
-from vi_params.solvers.slopes import GRADIENTS, slopes_at
+from vi_params.solvers.nested_frame import along, whitened
+from vi_params.solvers.slopes import GRADIENTS, gradient_at, slopes_at
 from vi_params.solvers.solution import Slopes, Solution, own_name
 from vi_params.solvers.start import data_of
+from vi_params.solvers.third_derivative import fixed_directions, third_derivative
 from vi_params.target import Target, flat, whole
 
 WHERE = "solvers.conditional_gaussian"
+
+DIRECTIONS, LATENTS = "directions", "latents"
+"""What it can be given."""
 
 
 def conditional_gaussian(
@@ -34,6 +40,8 @@ def conditional_gaussian(
     *,
     num_active: int = 2,
     num_draws: int = GRADIENTS,
+    given: str = DIRECTIONS,
+    num_fits: int = 1,
 ) -> Solution:
     """A Gaussian whose mean and scales across a few directions follow them, and that may be skewed.
 
@@ -46,6 +54,11 @@ def conditional_gaussian(
     Whether it is the better approximation, `vi.diagnose` tells; `vi.solvers.population_monte_carlo`
     goes on from it.
 
+    Instead of directions it may be given latents, those without which the third derivatives of the
+    log density at the solution's location are smallest: in hierarchies scales, in item response
+    models discriminations, of which there may be many. And it may be fitted again, to gradients at
+    its own draws.
+
     Tan, Bhaskaran and Nott (2020), Conditionally structured variational Gaussian approximation with
     importance weights, Statistics and Computing 30, learn such a family by stochastic gradients.
 
@@ -55,16 +68,20 @@ def conditional_gaussian(
             Gaussian.
         key: a typed random key, or None: the solution's own gradients then.
         data: the data, only with a key; the target's own where None.
-        num_active: how many directions, fewer than there are dimensions.
-        num_draws: at how many draws gradients are computed, with a key.
+        num_active: how many directions or latents, fewer than there are dimensions.
+        num_draws: at how many draws gradients are computed for each fit, with a key.
+        given: "directions", or with a key "latents", for up to about a hundred dimensions: third
+            derivatives take dim^2 gradients and memory for dim^3 numbers.
+        num_fits: how many fits there are, more than one only with a key: the first at draws of the
+            solution, the others at those of the fit before.
 
     Returns:
         A `Solution` with a `vi.guides.active_mixture` guide; `info` is that of `solution`.
 
     Raises:
         ValueError: there is no key and the solution has no gradients; it is no full-rank Gaussian;
-            `num_active` is not among 1 .. dim - 1; num_draws < 25; data that are a
-            batch, or without a key.
+            `num_active` is not among 1 .. dim - 1; num_draws < 25; num_fits < 1; `given` is
+            another word; data that are a batch; data, latents or several fits without a key.
         KeyError: `data` has unknown names, or lacks one.
         TypeError: the solution is none, or `key` is not a typed key.
 
@@ -88,17 +105,28 @@ def conditional_gaussian(
     name, target = own_name(solution.guide, where), whole(target)
     require_room(num_active, flat(target).dim, WHERE)
     require_count(num_draws, "num_draws", WHERE, least=25)
+    require_count(num_fits, "num_fits", WHERE)
+    if given not in (DIRECTIONS, LATENTS):
+        raise ValueError(
+            explain(
+                "It can be given directions or latents.",
+                expected=f'given="{DIRECTIONS}" or "{LATENTS}"',
+                received=f"given={given!r}",
+                where=WHERE,
+            )
+        )
     if key is not None:
         require_key(key, WHERE)
         data = data_of(target, data)
-    elif data is not None:
+    elif data is not None or given == LATENTS or num_fits > 1:
         raise ValueError(
             explain(
-                "Data are asked for nothing without a key.",
-                expected="a key, for gradients at new draws, or no data",
-                received="data without a key",
+                "Without a key nothing is computed from the density.",
+                expected="a key, for gradients at new draws; or no data, one fit, given directions",
+                received="no key, with "
+                + ("data" if data is not None else f"given={given!r}, num_fits={num_fits}"),
                 where=WHERE,
-                hint="give a key, or leave the data out: the solution's gradients are of its own",
+                hint="give a key, or leave these out: the solution's gradients are of its own data",
             )
         )
     if "scale_tril" not in solution.params[name] or (key is None and solution.slopes is None):
@@ -112,7 +140,7 @@ def conditional_gaussian(
                 hint="call vi.linear_response(target, solution) without a rank",
             )
         )
-    guide, find = program(_build, target, solution.guide, num_active, num_draws)
+    guide, find = program(_build, target, solution.guide, num_active, num_draws, given, num_fits)
     known = (solution.slopes, None, None) if key is None else (None, key, data)
     return solution._replace(guide=guide, params=find(solution.params, *known))
 
@@ -122,14 +150,23 @@ def conditional_guide(target: Target, name: str, num_active: int) -> Guide:
     return active_mixture(target, len(SCALES), num_active, name=name)
 
 
-def conditional(own: Any, slopes: Slopes, num_active: int, xp: Any = jnp) -> Mixture:
-    """The conditional Gaussian of a Gaussian's constrained parameters, in a program or on the
-    host."""
+def conditional(
+    own: Any, slopes: Slopes, num_active: int, xp: Any = jnp, directions: Any = None
+) -> Mixture:
+    """The conditional Gaussian of a Gaussian's constrained parameters, given the directions in
+    which it differs most from the target or known ones; in a program or on the host."""
     loc, scale_tril = require_gaussian(own, f"{WHERE}, solution")
-    return contaminated(conditional_frame(loc, scale_tril, slopes, num_active, xp), xp)
+    if directions is None:
+        frame = conditional_frame(loc, scale_tril, slopes, num_active, xp)
+    else:
+        seen = scores(loc, scale_tril, slopes, xp)
+        frame = bent(along(loc, scale_tril, directions, xp), seen, xp)
+    return contaminated(frame, xp)
 
 
-def _build(target: Target, start: Guide, num_active: int, num_draws: int) -> tuple[Guide, Quick]:
+def _build(
+    target: Target, start: Guide, num_active: int, num_draws: int, given: str, num_fits: int
+) -> tuple[Guide, Quick]:
     (name,) = start.declared
     guide = conditional_guide(target, name, num_active)
     wide = contaminated_normal(target, name=name)
@@ -137,13 +174,31 @@ def _build(target: Target, start: Guide, num_active: int, num_draws: int) -> tup
     @Quick
     def find(params: Any, slopes: Slopes | None, key: Any, data: Any) -> Any:
         own = constrain(start.declared, pick(params, start.declared))[name]
-        if slopes is None:
-            noise, size = wide.noise(key, num_draws), at_once(num_draws, target, data)
-            drawn = weigh(target, wide, params, noise, data, size, nan_is_outside=True)
-            values = constrain(target.declared, pick(params, target.declared))
-            slopes = slopes_at(target, values, drawn.position, drawn.smoothed.log_weights, data)
-        found = conditional(own, slopes, num_active).values
         others = {key: params[key] for key in params if key != name}
-        return {**others, **unconstrain(guide.declared, {name: found})}
+
+        def params_of(found: Mixture) -> Any:
+            return {**others, **unconstrain(guide.declared, {name: found.values})}
+
+        if slopes is not None:
+            return params_of(conditional(own, slopes, num_active))
+        values = constrain(target.declared, pick(params, target.declared))
+        size = at_once(num_draws, target, data)
+
+        def slopes_of(guide: Guide, params: Any, key: jax.Array) -> Slopes:
+            noise = guide.noise(key, num_draws)
+            drawn = weigh(target, guide, params, noise, data, size, nan_is_outside=True)
+            return slopes_at(target, values, drawn.position, drawn.smoothed.log_weights, data)
+
+        directions = None
+        if given == LATENTS:
+            loc, scale_tril = require_gaussian(own, f"{WHERE}, solution")
+            at = whitened(gradient_at(target, values, data), loc, scale_tril, None)
+            directions, _ = fixed_directions(third_derivative(at, len(loc)), scale_tril, num_active)
+        slopes = slopes_of(wide, params, key)
+        found = params_of(conditional(own, slopes, num_active, directions=directions))
+        for i in range(1, num_fits):
+            slopes = slopes_of(guide, found, jax.random.fold_in(key, i))
+            found = params_of(conditional(own, slopes, num_active, directions=directions))
+        return found
 
     return guide, find
