@@ -297,7 +297,7 @@ def test_rounds_of_approximate_go_on_from_it(monkeypatch):
     """Where it is not good enough, along its directions; from the Gaussian they would come to
     nothing."""
     monkeypatch.setattr("vi_params.approximation.conditional.ENOUGH", (0.0, 1.0))
-    monkeypatch.setattr("vi_params.approximation.nested.LARGEST", 0)
+    monkeypatch.setattr("vi_params.approximation.structure.LARGEST", 0)
     target = many_latents(30)
     posterior = vi.approximate(target, jax.random.key(3))
     assert posterior.trustworthy

@@ -59,7 +59,7 @@ def conditioned(target: Target, response: Candidate, key: jax.Array, data: Any) 
     """
     start = response.solution
     found = conditional(values_of(start), jax.device_get(start.slopes), ACTIVE, np)
-    return looked_at(CONDITIONAL, target, start, found, key, data)
+    return looked_at(CONDITIONAL, target, start, found, key, data, ENOUGH, LARGER)
 
 
 def looked_at(
@@ -69,8 +69,8 @@ def looked_at(
     found: Mixture,
     key: jax.Array,
     data: Any,
-    good: tuple[float, float] = ENOUGH,
-    larger: tuple[int, ...] = LARGER,
+    good: tuple[float, float],
+    larger: tuple[int, ...],
 ) -> Candidate:
     """A Gaussian given some directions, judged by two batches of draws, and while it is to be
     trusted, but not yet enough, by further ones with these.
