@@ -161,7 +161,7 @@ class Frame(NamedTuple):
         return straight + self._log_slopes(self.terms(a, xp), rest, xp)
 
     def root(self, xp: Any = jnp) -> Any:
-        """C Q, of which each call makes its own unless it is given it."""
+        """C Q: `unconstrained_with_log_det` makes its own unless it is given it."""
         return exact(self.scale_tril, self.rotation, xp)
 
     def unconstrained_with_log_det(
