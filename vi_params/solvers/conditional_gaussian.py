@@ -194,11 +194,11 @@ def _build(
             loc, scale_tril = require_gaussian(own, f"{WHERE}, solution")
             at = whitened(gradient_at(target, values, data), loc, scale_tril, None)
             directions, _ = fixed_directions(third_derivative(at, len(loc)), scale_tril, num_active)
-        slopes = slopes_of(wide, params, key)
-        found = params_of(conditional(own, slopes, num_active, directions=directions))
-        for i in range(1, num_fits):
-            slopes = slopes_of(guide, found, jax.random.fold_in(key, i))
+        drawn_by, found = wide, params
+        for one in jax.random.split(key, num_fits):
+            slopes = slopes_of(drawn_by, found, one)
             found = params_of(conditional(own, slopes, num_active, directions=directions))
+            drawn_by = guide
         return found
 
     return guide, find
