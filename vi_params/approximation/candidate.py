@@ -1,5 +1,6 @@
 """An approximation that was tried, and what is thought of it."""
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ import numpy as np
 
 from vi_params._cache import program
 from vi_params.approximation.judge import BATCH, Judge, judge_of_guide, judge_of_proposal
-from vi_params.approximation.proposals import proposal_of
+from vi_params.approximation.proposals import log_density_of, proposal_of
 from vi_params.approximation.tails import Spread, worst_spread
 from vi_params.diagnostics import Diagnosis
 from vi_params.diagnostics.diagnose import threshold
@@ -25,6 +26,9 @@ weights and from k-hat alike, and more likely so where few draws count."""
 MISSED = 0.15
 """By how many nats less log evidence one approximation shows that it misses mass of another: more
 than chance makes between two that are to be trusted."""
+
+BARE = math.log(20)
+"""Where the log density exceeds that of an approximation by so much, this hardly draws."""
 
 DISCOUNT = 0.7
 """What a share of effective draws counts for where their weights have a heavy tail."""
@@ -246,3 +250,16 @@ def best_of(candidates: list[Candidate]) -> Candidate:
         whole = [one for one, e in zip(trusted, evidences, strict=True) if e >= least]
         return max(whole, key=lambda one: (one.is_shown, one.merit))
     return min(candidates, key=lambda one: (max(one.k_hat, LIGHT), -one.share))
+
+
+def misses(best: Candidate, other: Candidate, df: int | None) -> bool:
+    """Whether the draws of another approximation have found mass where this one, of components with
+    so many degrees of freedom, has hardly any."""
+    drawn = other.batches[0]
+    position = np.asarray(drawn.position, float)
+    log_ratios = np.asarray(drawn.log_ratios, float)
+    log_p = log_ratios + log_density_of(other.solution, None)(position)
+    log_z = float(best.diagnosis.log_evidence)
+    is_bare = log_p - log_z - log_density_of(best.solution, df)(position) > BARE
+    with np.errstate(over="ignore"):  # more than can be counted is missed
+        return bool(np.sum(np.exp(log_ratios[is_bare] - log_z)) > MISSED * len(log_ratios))

@@ -6,10 +6,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from vi_params.approximation.candidate import Candidate, best_of, once
+from vi_params.approximation.candidate import Candidate, best_of, misses, once
 from vi_params.approximation.conditional import looked_at
 from vi_params.approximation.judge import BATCH, judge_of_proposal
-from vi_params.approximation.nested import misses
 from vi_params.approximation.proposals import mixture
 from vi_params.approximation.structure import Structure
 from vi_params.importance import Weighted
@@ -94,8 +93,9 @@ def _directions(structure: Structure) -> tuple[np.ndarray, bool]:
     """Those that fix the latents, columns in units of the Gaussian, and whether what is left of the
     third derivatives is little: its tails across are light then."""
     most = min(SEVERAL, len(structure.loc) - 1)
-    directions, left = fixed_directions(structure.third, structure.scale_tril, most, np)
-    is_little = left < LEFT * left[0]
-    if left[0] > LITTLE and is_little.any():
-        return directions[:, : int(np.argmax(is_little))], True
-    return fixed_directions(structure.third, structure.scale_tril, xp=np)[0], False
+    if structure.left[0] > LITTLE:
+        several, left = fixed_directions(structure.third, structure.scale_tril, most, np)
+        is_little = left < LEFT * left[0]
+        if is_little.any():
+            return several[:, : int(np.argmax(is_little))], True
+    return structure.few, False

@@ -2,7 +2,6 @@
 precision follow these, and a mixture along them."""
 
 import itertools
-import math
 from concurrent.futures import Executor
 from typing import Any
 
@@ -10,10 +9,10 @@ import jax
 import numpy as np
 
 from vi_params._cache import program
-from vi_params.approximation.candidate import MISSED, Candidate, once
+from vi_params.approximation.candidate import Candidate, misses, once
 from vi_params.approximation.judge import BATCH, judge_of_proposal
 from vi_params.approximation.polish import Course, polish
-from vi_params.approximation.proposals import log_density_of, mixture
+from vi_params.approximation.proposals import mixture
 from vi_params.approximation.result import resampled
 from vi_params.approximation.structure import Structure
 from vi_params.guides.active_mixture import Across
@@ -31,7 +30,6 @@ from vi_params.solvers.nested_frame import (
 )
 from vi_params.solvers.nested_laplace import nested_guide
 from vi_params.solvers.slopes import evened
-from vi_params.solvers.third_derivative import fixed_directions
 from vi_params.solvers.weighted_em import moments
 from vi_params.target import Target
 
@@ -47,9 +45,6 @@ HALF = 0.5
 WELL = 0.5
 """The share of effective draws above which the nodes are where the posterior is, and rounds in all
 directions not worth making."""
-
-BARE = math.log(20)
-"""Where the log density exceeds that of an approximation by so much, this hardly draws."""
 
 
 def nested(
@@ -75,13 +70,12 @@ def nested(
         data: the data.
     """
     begun = response.solution
-    loc, scale_tril, gradient, third = structure
-    directions, left = fixed_directions(third, scale_tril, xp=np)
+    loc, scale_tril, gradient, _, few, left = structure
     if not left[-1] < HALF * left[0]:
         return []
     keys = (jax.random.fold_in(key, i) for i in itertools.count())
     eps = rounding_of(begun.noise)
-    frame, enough = nested_frame(along(loc, scale_tril, directions, np), gradient, eps, xp=np)
+    frame, enough = nested_frame(along(loc, scale_tril, few, np), gradient, eps, xp=np)
     if not enough:
         return []
     found = contaminated(frame, np)
@@ -123,16 +117,3 @@ def _nodes(frame: Frame, drawn: Weighted, key: jax.Array) -> Nodes:
         chosen = a[resampled(key, np.log(weights))][: number // 2]
     about = mean + spread_nodes(frame.num_active, number - len(chosen)) @ root.T
     return Nodes(np.concatenate([chosen, about]), mean, np.sqrt(np.sum(root**2, axis=1)))
-
-
-def misses(best: Candidate, other: Candidate, df: int | None) -> bool:
-    """Whether the draws of another approximation have found mass where this one, of components with
-    so many degrees of freedom, has hardly any."""
-    drawn = other.batches[0]
-    position = np.asarray(drawn.position, float)
-    log_ratios = np.asarray(drawn.log_ratios, float)
-    log_p = log_ratios + log_density_of(other.solution, None)(position)
-    log_z = float(best.diagnosis.log_evidence)
-    is_bare = log_p - log_z - log_density_of(best.solution, df)(position) > BARE
-    with np.errstate(over="ignore"):  # more than can be counted is missed
-        return bool(np.sum(np.exp(log_ratios[is_bare] - log_z)) > MISSED * len(log_ratios))

@@ -11,7 +11,7 @@ from vi_params.approximation.proposals import values_of
 from vi_params.solvers.nested_frame import whitened
 from vi_params.solvers.slopes import gradient_on_host
 from vi_params.solvers.solution import Solution
-from vi_params.solvers.third_derivative import third_derivative
+from vi_params.solvers.third_derivative import fixed_directions, third_derivative
 from vi_params.target import Target, flat
 
 LARGEST = 100
@@ -27,12 +27,16 @@ class Structure(NamedTuple):
         scale_tril: its root, shape (dim, dim).
         gradient: rows u -> gradients of the log density.
         third: the derivatives in units of the Gaussian, shape (dim, dim, dim).
+        few: the directions that fix the few latents worth it (`fixed_directions`).
+        left: the sum of squares of the derivatives before and after each of these.
     """
 
     loc: np.ndarray
     scale_tril: np.ndarray
     gradient: Callable[[np.ndarray], np.ndarray]
     third: np.ndarray
+    few: np.ndarray
+    left: np.ndarray
 
 
 def has_structure(target: Target) -> bool:
@@ -45,4 +49,4 @@ def structure_of(target: Target, response: Solution, data: Any) -> Structure:
     loc, scale_tril = (values_of(response)[part] for part in ("loc", "scale_tril"))
     gradient = gradient_on_host(target, response, data, HESSIANS)
     third = third_derivative(whitened(gradient, loc, scale_tril, None, np), len(loc), np)
-    return Structure(loc, scale_tril, gradient, third)
+    return Structure(loc, scale_tril, gradient, third, *fixed_directions(third, scale_tril, xp=np))
