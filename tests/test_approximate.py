@@ -114,11 +114,13 @@ def test_a_polished_hierarchy_compiles_the_model_twice(monkeypatch):
     """One program with its derivatives and one without: pilot, rounds and draws need no other,
     where there are no deterministic sites."""
     called = set()
-    own = Quick.__call__
 
-    def call(self, *args):
-        called.add(self)
-        return own(self, *args)
+    def recorded(own):
+        def call(self, *args):
+            called.add(self)
+            return own(self, *args)
+
+        return call
 
     def model(sigma, y):
         mu = numpyro.sample("mu", dist.Normal(0.0, 5.0))
@@ -127,7 +129,8 @@ def test_a_polished_hierarchy_compiles_the_model_twice(monkeypatch):
             theta = numpyro.sample("theta", dist.Normal(mu, tau))
             numpyro.sample("y", dist.Normal(theta, sigma), obs=y)
 
-    monkeypatch.setattr(Quick, "__call__", call)
+    for how in ("__call__", "side_by_side"):
+        monkeypatch.setattr(Quick, how, recorded(getattr(Quick, how)))
     target = vi.from_numpyro(model, jnp.array([15.0, 10.0, 16.0]), jnp.array([28.0, 8.0, -3.0]))
     found = vi.approximate(target, KEY)
     found.draws(KEY, 100)

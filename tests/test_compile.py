@@ -13,6 +13,8 @@ import vi_params as vi
 from vi_params._compile import Quick, compiler, precise
 from vi_params.diagnostics.diagnose import _diagnose
 
+enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
+
 X = jnp.ones((3, 3))
 
 
@@ -69,6 +71,60 @@ def test_what_was_not_begun_is_dropped_and_compiled_when_it_is_called():
         np.testing.assert_array_equal(program(X), jnp.sinh(X))
     finally:
         gate.set()
+
+
+def entering(inside):
+    """A program that goes through `inside`, on the host, and then factorises matrices."""
+
+    def through(x):
+        x = jax.pure_callback(inside, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+        return jnp.linalg.cholesky(x)
+
+    return Quick(through)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="accelerators run them one by one")
+def test_calls_run_side_by_side():
+    """Each waits for the other one inside."""
+    barrier = threading.Barrier(2, timeout=60.0)
+
+    def inside(x):
+        barrier.wait()
+        return x
+
+    found = entering(inside).side_by_side([(jnp.eye(3),), (4.0 * jnp.eye(3),)])
+    np.testing.assert_allclose(found, [np.eye(3), 2.0 * np.eye(3)])
+
+
+def test_batched_factorisations_do_not_run_side_by_side():
+    """Two of them at once can wait for each other for ever."""
+    lock, met = threading.Lock(), []
+
+    def inside(x):
+        met.append(lock.acquire(blocking=False))
+        if met[-1]:
+            threading.Event().wait(0.05)
+            lock.release()
+        return x
+
+    matrices = jnp.stack([jnp.eye(3), 4.0 * jnp.eye(3)])
+    found = entering(inside).side_by_side([(matrices,), (9.0 * matrices,)])
+    np.testing.assert_allclose(found[1], 3.0 * np.array([np.eye(3), 2.0 * np.eye(3)]))
+    assert met == [True, True]
+
+
+def test_side_by_side_the_settings_are_those_of_the_caller(compilations):
+    """JAX keeps some by thread; numbers of numpy are given it as they are."""
+    program, one = Quick(lambda x, y: jnp.tanh(x) + y), np.ones(3)
+    with enable_x64(not jax.config.jax_enable_x64):
+        expected = [program(one, 0.5), program(2.0 * one, 1.5)]
+        found = program.side_by_side([(one, 0.5), (2.0 * one, 1.5)])
+        with compilations() as seen:
+            program.side_by_side([(one, 0.5), (2.0 * one, 1.5)])
+    assert seen == []
+    for got, wanted in zip(found, expected, strict=True):
+        assert got.dtype == wanted.dtype
+        np.testing.assert_array_equal(got, wanted)
 
 
 def test_what_failed_in_a_thread_is_compiled_again():

@@ -175,6 +175,25 @@ def test_the_first_stage_is_rough(monkeypatch):
     np.testing.assert_allclose(found[0].elbo, found[1].elbo, rtol=1e-5)
 
 
+@pytest.mark.parametrize("lanes", [1, 5, 8])
+def test_halves_of_the_lanes_find_what_all_do(lanes):
+    """Every lane ends where it does in one search, the better optimum is the solution's, and the
+    other one is told."""
+    target, fewer, key = modes([0.0, 1.0]), modes([0.0, -40.0]), jax.random.key(3)
+    expected = vi.solvers.deterministic(target, key, lanes=lanes)
+    found = optima(target, key, target.data, {}, lanes)
+    assert found[0].info.lane_elbos.shape == (lanes,)
+    np.testing.assert_allclose(found[0].info.lane_elbos, expected.info.lane_elbos, atol=0.05)
+    np.testing.assert_array_equal(found[0].info.lane_statuses, expected.info.lane_statuses)
+    np.testing.assert_allclose(
+        found[0].lanes[0]["guide"]["loc"], expected.lanes[0]["guide"]["loc"], atol=0.1
+    )
+    if lanes == 8:
+        assert len(found) == 2
+        assert [round(float(one.params["guide"]["loc"][0])) for one in found] == [6, -6]
+        assert len(optima(fewer, key, fewer.data, {}, lanes)) == 1  # it holds no mass that matters
+
+
 def test_what_is_told_is_of_all_draws():
     """Four draws flatter where latents are correlated: the ELBO, gradients at the draws and
     statuses of every lane are those at all of them."""

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vi_params._over import has_batched_lapack
 from vi_params._tree import is_traced
 
 LIGHT: dict[str, Any] = {"xla_backend_optimization_level": 1}
@@ -55,10 +56,24 @@ class Quick:
         # Within another program even a constant is traced; options belong to outermost programs.
         if is_traced(*args, jnp.zeros(())):
             return self.plain(*args)
-        for compiling in self.begun:  # what is queued is compiled here, what runs is waited for
-            if not compiling.cancel():
-                compiling.exception()
+        self._end_compiling()
         return self._own()(*args)
+
+    def side_by_side(self, calls: list[tuple]) -> list[Any]:
+        """What calls with arguments of the same shapes give: on a CPU by a thread each, unless two
+        at once are unsafe (`_over`). Not under another transformation."""
+        if len(calls) > 1 and jax.default_backend() == "cpu":
+            calls = jax.device_put(calls)
+            self._end_compiling()
+            traced = self._own().trace(*calls[0])
+            if not has_batched_lapack(traced.jaxpr):
+                # What is compiled does not ask for the settings of its thread, as a call would.
+                compiled = traced.lower().compile()
+                with ThreadPoolExecutor(len(calls)) as pool:
+                    return list(
+                        pool.map(lambda args: jax.block_until_ready(compiled(*args)), calls)
+                    )
+        return [self(*args) for args in calls]
 
     def ahead(self, pool: Executor, *args: Any) -> Any:
         """Has the program compiled by a thread of `pool`, unless it is; gives its outputs' shapes.
@@ -74,6 +89,12 @@ class Quick:
         waiting = [compiling for compiling in self.begun if not compiling.done()]
         self.begun = [*waiting, pool.submit(lowered.compile)]
         return lowered.out_info
+
+    def _end_compiling(self) -> None:
+        """What is queued is compiled by the call, what runs is waited for."""
+        for compiling in self.begun:
+            if not compiling.cancel():
+                compiling.exception()
 
     def _own(self) -> Any:
         return self.light if jax.default_backend() == "cpu" else self.plain

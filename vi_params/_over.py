@@ -27,7 +27,7 @@ def over(f: Callable[[Any], Any], xs: Any, at_once: int | None = None) -> Any:
         return jax.vmap(f)(xs) if size == rows else lax.map(f, xs, batch_size=size)
     block = jax.tree.map(lambda leaf: leaf[:size], xs)
     together, shape = jax.make_jaxpr(jax.vmap(f), return_shape=True)(block)
-    if size == 1 or _is_unsafe(together.jaxpr):
+    if size == 1 or has_batched_lapack(together.jaxpr):
         return lax.map(f, xs)
     if size < rows:
         return lax.map(f, xs, batch_size=size)
@@ -57,8 +57,8 @@ def divisor(number: int, limit: int) -> int:
     return next(n for n in range(max(1, min(number, limit)), 0, -1) if number % n == 0)
 
 
-def _is_unsafe(jaxpr: Any) -> bool:
-    """Whether a program makes batched LAPACK calls."""
+def has_batched_lapack(jaxpr: Any) -> bool:
+    """Whether a program makes batched LAPACK calls: two of them at once are unsafe on a CPU."""
     return any(
         equation.primitive.name in LAPACK and equation.invars[0].aval.ndim > 2
         for equation in _equations(jaxpr)

@@ -8,13 +8,11 @@ import jax
 from vi_params.approximation.candidate import wide_tailed
 from vi_params.approximation.conditional import compile_conditional, has_many_latents
 from vi_params.approximation.judge import compile_density
-from vi_params.approximation.optima import HESSIANS, TOLERANCE
+from vi_params.approximation.optima import HESSIANS, halves, solver
 from vi_params.approximation.polish import compile_polish
 from vi_params.approximation.proposals import compile_values
 from vi_params.approximation.result import compile_draws
-from vi_params.solvers.deterministic import prepared as prepared_solver
-from vi_params.solvers.linear_response import nowhere
-from vi_params.solvers.linear_response import prepared as prepared_response
+from vi_params.solvers.linear_response import nowhere, prepared
 from vi_params.target import Target
 
 
@@ -41,12 +39,10 @@ def compile_usual(
         lanes: as `vi.solvers.deterministic` takes them.
         polished: whether a conditional Gaussian or a mixture is likely to follow.
     """
-    mean_field, solve = prepared_solver(
-        target, lanes=lanes, tolerance=TOLERANCE, fixed=tuple(sorted(fixed))
-    )
+    mean_field, solve = solver(target, fixed, lanes)
     (name,) = mean_field.declared
-    _, expand, respond = prepared_response(target, name, HESSIANS)
-    params, info, draws, response, _ = solve.ahead(pool, key, data, fixed, None)
+    _, expand, respond = prepared(target, name, HESSIANS)
+    params, info, draws, response, _ = solve.ahead(pool, key, data, fixed, None, halves(lanes)[0])
     if response is None:
         response, _ = expand.ahead(pool, params, draws, data, *nowhere(draws))
     params, _, _ = respond.ahead(pool, params, info, draws, response)

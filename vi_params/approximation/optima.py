@@ -3,8 +3,12 @@
 from typing import Any
 
 import jax
+import numpy as np
 
-from vi_params.solvers.deterministic import deterministic
+from vi_params._compile import Quick
+from vi_params._over import lanes_in_turn
+from vi_params.guide import Guide
+from vi_params.solvers.deterministic import prepared
 from vi_params.solvers.optima import apart
 from vi_params.solvers.solution import ENDED, Solution
 from vi_params.target import Target
@@ -17,6 +21,11 @@ HESSIANS = 8
 """At how many fixed draws Hessians are computed for the linear response of many latents: importance
 weights judge its covariances, and what follows corrects them."""
 
+HALVES = 2
+"""In how many parts lanes are searched that would be in turn. On every machine as many, since each
+part takes the best of its lanes that found the same optimum to its end: with the number of cores
+the optima would change."""
+
 
 def optima(target: Target, key: jax.Array, data: Any, fixed: Any, lanes: int) -> list[Solution]:
     """A mean-field solution for every distinct optimum, the best first.
@@ -28,5 +37,38 @@ def optima(target: Target, key: jax.Array, data: Any, fixed: Any, lanes: int) ->
         fixed: the parameters of the target that stay as they are.
         lanes: from how many starts.
     """
-    found = deterministic(target, key, data, lanes=lanes, fixed=fixed, tolerance=TOLERANCE)
-    return apart(found, ended=ENDED)
+    guide, solve = solver(target, fixed, lanes)
+    parts = solve.side_by_side([(key, data, fixed, None, part) for part in halves(lanes)])
+    return apart(_together(guide, parts), ended=ENDED)
+
+
+def solver(target: Target, fixed: Any, lanes: int) -> tuple[Guide, Quick]:
+    """As `prepared` gives it."""
+    return prepared(target, lanes=lanes, tolerance=TOLERANCE, fixed=tuple(sorted(fixed)))
+
+
+def halves(lanes: int) -> np.ndarray:
+    """The numbers of the lanes that each call searches, shape (calls, lanes of each): all of them
+    where they are searched in step."""
+    number = HALVES if lanes_in_turn() and lanes % HALVES == 0 else 1
+    return np.arange(lanes, dtype=np.int32).reshape(-1, number).T
+
+
+def _together(guide: Guide, parts: list[tuple]) -> Solution:
+    """The solution that a search of all lanes would give, of the best of its parts."""
+    solutions = [Solution(guide, *part) for part in parts]
+    if len(parts) == 1:
+        return solutions[0]
+
+    def woven(*leaves: Any) -> np.ndarray:
+        """What the lanes of all parts have, in their order: see `halves`."""
+        stacked = np.stack(jax.device_get(leaves), axis=1)
+        return stacked.reshape(-1, *stacked.shape[2:])
+
+    best = max(solutions, key=lambda one: np.nan_to_num(float(one.info.elbo), nan=-np.inf))
+    infos = [one.info for one in solutions]
+    info = best.info._replace(
+        lane_elbos=woven(*(one.lane_elbos for one in infos)),
+        lane_statuses=woven(*(one.lane_statuses for one in infos)),
+    )
+    return best._replace(info=info, lanes=jax.tree.map(woven, *(one.lanes for one in solutions)))

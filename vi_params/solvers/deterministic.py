@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vi_params._cache import program
 from vi_params._check import explain, require_count, require_key, require_names
@@ -26,7 +27,7 @@ from vi_params.solvers.fixed_draws import FEW
 from vi_params.solvers.lanes import search
 from vi_params.solvers.layout import Layout
 from vi_params.solvers.solution import Solution, require_mean_field
-from vi_params.solvers.start import data_of, lane_radii, nats, unchanging
+from vi_params.solvers.start import data_of, nats, unchanging
 from vi_params.target import Target, flat, whole
 
 FEWEST = 32
@@ -115,7 +116,7 @@ def deterministic(
     guide, solve = prepared(
         target, num_draws, noise, lanes, init, tolerance, max_steps, name, tuple(sorted(fixed))
     )
-    return Solution(guide, *solve(key, data, fixed, start))
+    return Solution(guide, *solve(key, data, fixed, start, np.arange(lanes, dtype=np.int32)))
 
 
 def _require_shapes(params: Any, declared: Declared, where: str) -> None:
@@ -147,8 +148,9 @@ def prepared(
     name: str = "guide",
     fixed: tuple[str, ...] = (),
 ) -> tuple[Guide, Quick]:
-    """The guide, and the program `(key, data, fixed, start) -> the fields of the Solution after its
-    guide`, for fixed parameters of these names and, unless None, a start of the first lane."""
+    """The guide, and the program `(key, data, fixed, start, numbers) -> the fields of the Solution
+    after its guide`, for fixed parameters of these names and, unless None, a start of the first
+    lane. It searches the lanes of these numbers: parts of the lanes have the same draws."""
     require_count(lanes, "lanes", "solvers.deterministic")
     require_count(max_steps, "max_steps", "solvers.deterministic")
     target = whole(target)
@@ -191,10 +193,9 @@ def _build(
 ) -> tuple[Guide, Quick]:
     guide = mean_field(target, init=init, name=name)
     layout = Layout(target, guide, fixed_names)
-    radii = lane_radii(lanes)
 
     @Quick
-    def solve(key: jax.Array, data: Any, fixed: Any, start: Any) -> tuple:
+    def solve(key: jax.Array, data: Any, fixed: Any, start: Any, numbers: jax.Array) -> tuple:
         draws = scheme.draw(jax.random.fold_in(key, lanes), num_draws, layout.dim)
         found = search(
             layout,
@@ -202,7 +203,7 @@ def _build(
             layout.size(data),
             draws,
             key,
-            radii,
+            numbers,
             tolerance=tolerance,
             max_steps=max_steps,
             start=start,

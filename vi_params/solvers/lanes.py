@@ -21,6 +21,7 @@ from vi_params.solvers.fixed_draws import FEW, LogDensity, fixed_draws
 from vi_params.solvers.layout import Layout
 from vi_params.solvers.optima import FAR
 from vi_params.solvers.solution import ENDED
+from vi_params.solvers.start import lane_radii
 from vi_params.solvers.trust_region import LAST, Minimum, minimise, not_begun
 
 ROUGH = 0.1
@@ -37,7 +38,7 @@ def search(
     size: int,
     draws: jax.Array,
     key: jax.Array,
-    radii: jax.Array,
+    numbers: jax.Array,
     *,
     tolerance: float,
     max_steps: int,
@@ -51,14 +52,15 @@ def search(
         size: how many numbers one evaluation handles.
         draws: shape (num_draws, dim).
         key: a typed random key, of the starts and the few draws.
-        radii: how far from zero each lane starts, shape (lanes,).
+        numbers: of the lanes, shape (lanes,): each has its own starts and few draws.
         tolerance: as `minimise` takes it.
         max_steps: as `minimise` takes it, in either stage.
         start: parameters at which the first lane starts, at all draws at once.
     """
-    (lanes,) = radii.shape
+    (lanes,) = numbers.shape
     num_draws, dim = draws.shape
-    keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(jnp.arange(lanes))
+    radii = lane_radii(numbers)
+    keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(numbers)
     staged = lanes_in_turn() and num_draws > FEW and num_draws % FEW == 0
     few = None
     if staged:

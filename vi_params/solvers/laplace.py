@@ -120,7 +120,6 @@ def _build(
     guide = full_rank(target, init=init, name=name)
     dim = flat(target).dim
     density, begin = log_density(target), start_vector(target, init)
-    radii = lane_radii(lanes)
 
     def mode(starts: jax.Array, model: Any, data: Any) -> Minimum:
         def loss(u: jax.Array) -> jax.Array:
@@ -190,6 +189,7 @@ def _build(
     @Quick
     def solve(key: jax.Array, data: Any) -> tuple[Any, SolverInfo]:
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(lanes))
+        radii = lane_radii(jnp.arange(lanes))
         found = over_lanes(lambda at: lane(at[0], at[1], data), (keys, radii))
         params, evidence, status, steps = found
         known = jnp.isfinite(evidence) & (status != SolverStatus.INVALID_START)

@@ -25,7 +25,6 @@ from vi_params.solvers.start import (
     data_of,
     given_gaussian,
     is_gaussian,
-    lane_radii,
     log_density,
     require_model,
     unchanging,
@@ -150,7 +149,7 @@ def gaussian_start(target: Target, init: Any) -> Callable[[jax.Array, Any], Give
             layout.size(data),
             draws,
             key,
-            lane_radii(FIRST_LANES),
+            jnp.arange(FIRST_LANES),
             tolerance=FIRST_TOLERANCE,
             max_steps=FIRST_STEPS,
         )

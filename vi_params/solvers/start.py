@@ -63,10 +63,9 @@ def data_of(target: Target, data: Any) -> Any:
     return resolve(target, data)
 
 
-def lane_radii(lanes: int) -> jax.Array:
-    """How far from zero each lane starts, as a multiple of the family's start."""
-    with jax.ensure_compile_time_eval():  # it is kept: no tracer of the program that asks first
-        return jnp.array([RADII[i] if i < len(RADII) else 1.0 for i in range(lanes)])
+def lane_radii(numbers: jax.Array) -> jax.Array:
+    """How far from zero the lanes of these numbers start, as a multiple of the family's start."""
+    return jnp.array((*RADII, 1.0))[jnp.minimum(numbers, len(RADII))]
 
 
 def nats(tolerance: float | None, where: str) -> float:
