@@ -17,6 +17,11 @@ LAPACK += ("eigh", "eig", "svd", "schur", "hessenberg", "tridiagonal")
 """The primitives that are LAPACK calls on a CPU."""
 
 
+HALVES = 2
+"""As many on every machine: with the number of cores the rounding of results would change, and
+which of several starts they come from."""
+
+
 def over(f: Callable[[Any], Any], xs: Any, at_once: int | None = None) -> Any:
     """f of every row of `xs`, `at_once` of them side by side; all where None."""
     rows = jax.tree.leaves(xs)[0].shape[0]
@@ -50,6 +55,12 @@ def lanes_in_turn() -> bool:
 def lanes_at_once(lanes: int) -> int:
     """How many lanes `over_lanes` makes side by side."""
     return 1 if lanes_in_turn() else lanes
+
+
+def num_parts(number: int) -> int:
+    """In how many equal parts so many pieces of work are done that are done one after the other: on
+    a CPU in halves, side by side (`Quick.side_by_side`)."""
+    return HALVES if lanes_in_turn() and number % HALVES == 0 else 1
 
 
 def divisor(number: int, limit: int) -> int:

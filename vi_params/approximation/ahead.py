@@ -8,7 +8,7 @@ import jax
 from vi_params.approximation.candidate import wide_tailed
 from vi_params.approximation.conditional import compile_conditional, has_many_latents
 from vi_params.approximation.judge import compile_density
-from vi_params.approximation.optima import HESSIANS, halves, solver
+from vi_params.approximation.optima import HESSIANS, lane_parts, solver
 from vi_params.approximation.polish import compile_polish
 from vi_params.approximation.proposals import compile_values
 from vi_params.approximation.result import compile_draws
@@ -41,11 +41,13 @@ def compile_usual(
     """
     mean_field, solve = solver(target, fixed, lanes)
     (name,) = mean_field.declared
-    _, expand, respond = prepared(target, name, HESSIANS)
-    params, info, draws, response, _ = solve.ahead(pool, key, data, fixed, None, halves(lanes)[0])
+    _, expand, respond = prepared(target, name)
+    params, info, draws, response, _ = solve.ahead(
+        pool, key, data, fixed, None, lane_parts(lanes)[0]
+    )
     if response is None:
-        response, _ = expand.ahead(pool, params, draws, data, *nowhere(draws))
-    params, _, _ = respond.ahead(pool, params, info, draws, response)
+        response, _ = expand.ahead(pool, params, draws, data, *nowhere(draws, HESSIANS))
+    params, _, _, _ = respond.ahead(pool, params, info.status, draws, response)
     guide = wide_tailed(target, name)
     compile_values(pool, guide, params)
     latents = compile_density(pool, target, params, data)

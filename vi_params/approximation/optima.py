@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from vi_params._compile import Quick
-from vi_params._over import lanes_in_turn
+from vi_params._over import num_parts
 from vi_params.guide import Guide
 from vi_params.solvers.deterministic import prepared
 from vi_params.solvers.optima import apart
@@ -21,11 +21,6 @@ HESSIANS = 8
 """At how many fixed draws Hessians are computed for the linear response of many latents: importance
 weights judge its covariances, and what follows corrects them."""
 
-HALVES = 2
-"""In how many parts lanes are searched that would be in turn. On every machine as many, since each
-part takes the best of its lanes that found the same optimum to its end: with the number of cores
-the optima would change."""
-
 
 def optima(target: Target, key: jax.Array, data: Any, fixed: Any, lanes: int) -> list[Solution]:
     """A mean-field solution for every distinct optimum, the best first.
@@ -38,7 +33,7 @@ def optima(target: Target, key: jax.Array, data: Any, fixed: Any, lanes: int) ->
         lanes: from how many starts.
     """
     guide, solve = solver(target, fixed, lanes)
-    parts = solve.side_by_side([(key, data, fixed, None, part) for part in halves(lanes)])
+    parts = solve.side_by_side([(key, data, fixed, None, part) for part in lane_parts(lanes)])
     return apart(_together(guide, parts), ended=ENDED)
 
 
@@ -47,11 +42,9 @@ def solver(target: Target, fixed: Any, lanes: int) -> tuple[Guide, Quick]:
     return prepared(target, lanes=lanes, tolerance=TOLERANCE, fixed=tuple(sorted(fixed)))
 
 
-def halves(lanes: int) -> np.ndarray:
-    """The numbers of the lanes that each call searches, shape (calls, lanes of each): all of them
-    where they are searched in step."""
-    number = HALVES if lanes_in_turn() and lanes % HALVES == 0 else 1
-    return np.arange(lanes, dtype=np.int32).reshape(-1, number).T
+def lane_parts(lanes: int) -> np.ndarray:
+    """The numbers of the lanes that each call searches, shape (calls, lanes of each)."""
+    return np.arange(lanes, dtype=np.int32).reshape(-1, num_parts(lanes)).T
 
 
 def _together(guide: Guide, parts: list[tuple]) -> Solution:
@@ -61,7 +54,7 @@ def _together(guide: Guide, parts: list[tuple]) -> Solution:
         return solutions[0]
 
     def woven(*leaves: Any) -> np.ndarray:
-        """What the lanes of all parts have, in their order: see `halves`."""
+        """What the lanes of all parts have, in their order."""
         stacked = np.stack(jax.device_get(leaves), axis=1)
         return stacked.reshape(-1, *stacked.shape[2:])
 

@@ -18,7 +18,8 @@ from jax import lax
 from vi_params._cache import program
 from vi_params._check import explain, require_count
 from vi_params._compile import Quick
-from vi_params._over import divisor, over
+from vi_params._over import divisor, num_parts, over
+from vi_params._tree import is_traced
 from vi_params.guide import Guide
 from vi_params.guides import full_rank, mean_field
 from vi_params.guides.low_rank import checked_rank
@@ -31,7 +32,6 @@ from vi_params.solvers.low_rank_response import build_low_rank
 from vi_params.solvers.solution import (
     Slopes,
     Solution,
-    SolverInfo,
     SolverStatus,
     require_mean_field,
 )
@@ -103,12 +103,14 @@ def linear_response(
         guide, respond = program(build_low_rank, target, name, rank)
         params, info = respond(solution.params, solution.info, solution.noise, data)
         return Solution(guide, params, info, solution.noise)
-    guide, expand, respond = prepared(target, name, num_hessians)
+    guide, expand, respond = prepared(target, name)
+    params, draws, info = solution.params, solution.noise, solution.info
     response = solution.response
     if response is None:
-        response, _ = expand(solution.params, solution.noise, data, *nowhere(solution.noise))
-    params, info, slopes = respond(solution.params, solution.info, solution.noise, response)
-    return Solution(guide, params, info, solution.noise, slopes=slopes)
+        response = _expanded(expand, params, draws, data, num_hessians)
+    params, status, sampling_error, slopes = respond(params, info.status, draws, response)
+    info = info._replace(status=status, sampling_error=sampling_error)
+    return Solution(guide, params, info, draws, slopes=slopes)
 
 
 def _require_num_hessians(num_hessians: int | None, rank: int | None) -> None:
@@ -129,36 +131,60 @@ def _require_num_hessians(num_hessians: int | None, rank: int | None) -> None:
     )
 
 
-def prepared(
-    target: Target, name: str, num_hessians: int | None = None
-) -> tuple[Guide, Quick, Quick]:
+def prepared(target: Target, name: str) -> tuple[Guide, Quick, Quick]:
     """The guide, and two programs.
 
-    The first is `(params, draws, data, places, number) -> (Response, gradients)`: with number zero
-    the response, with so many Hessians; else the gradients of the log density at that many of the
-    places u, shape (`PLACES`, dim), in the order of these. The other one of the two is zeros: one
-    program for both has the log density compiled once.
+    The first is `(params, draws, data, few, places, number) -> (Response, gradients)`: with number
+    zero the response, its Hessian that of the few draws, or of all where these are None; else the
+    gradients of the log density at that many of the places u, shape (`PLACES`, dim), in the order
+    of these. The other one of the two is zeros: one program for both has the log density compiled
+    once.
 
-    The second is `(params, info, draws, response) -> (params, info, Slopes)`.
+    The second is `(params, status, draws, response) -> (params, status, sampling error, Slopes)`.
     """
-    return program(_build, target, name, num_hessians)
+    return program(_build, target, name)
 
 
-def nowhere(draws: Any) -> tuple[Any, Any]:
-    """The places, none of which counts, and the number zero, for draws or their shapes."""
-    return np.zeros((PLACES, draws.shape[1]), draws.dtype), np.int32(0)
+def nowhere(draws: Any, num_hessians: int | None) -> tuple[Any, Any, Any]:
+    """The last arguments of the first program, for draws or their shapes, as nothing is asked for:
+    the few draws of one call, the places and the number."""
+    few, dim = _num_few(draws, num_hessians), draws.shape[1]
+    rows = (few and few // num_parts(few), PLACES)
+    of_few, places = (n and np.zeros((n, dim), draws.dtype) for n in rows)
+    return of_few, places, np.int32(0)
 
 
-def _build(target: Target, name: str, num_hessians: int | None) -> tuple[Guide, Quick, Quick]:
+def _expanded(
+    expand: Quick, params: Any, draws: jax.Array, data: Any, num_hessians: int | None
+) -> Response:
+    """The response of a solution that does not bring it."""
+    _, places, none = nowhere(draws, num_hessians)
+    number = _num_few(draws, num_hessians)
+    if number is None:
+        parts = [None]
+    elif is_traced(params, draws, data):
+        parts = [_fewer(draws, number)]
+    else:
+        parts = np.split(_fewer(np.asarray(draws), number, np), num_parts(number))
+    calls = [(params, draws, data, few, places, none) for few in parts]
+    first, *others = (response for response, _ in expand.side_by_side(calls))
+    if not others:
+        return first
+    # They differ in the Hessian alone.
+    return first._replace(hessian=np.mean([np.asarray(r.hessian) for r in (first, *others)], 0))
+
+
+def _build(target: Target, name: str) -> tuple[Guide, Quick, Quick]:
     guide = full_rank(target, name=name)
     layout = Layout(target, mean_field(target, name=name))
     dim = layout.dim
 
     @Quick
     def expand(
-        params: Any, draws: jax.Array, data: Any, places: jax.Array, number: jax.Array
+        params: Any, draws: jax.Array, data: Any, few: Any, places: jax.Array, number: jax.Array
     ) -> tuple[Response, jax.Array]:
         """The Hessian and scores that were not at hand, or gradients at places."""
+        few = draws if few is None else few
         x, unit = layout.vector(params), layout.units(layout.vector(params))
         theta, x, unit = x[2 * dim :], x[: 2 * dim], unit[: 2 * dim]
         at_once = divisor(len(draws), BLOCK // layout.size(data))
@@ -172,7 +198,6 @@ def _build(target: Target, name: str, num_hessians: int | None) -> tuple[Guide, 
             slope = jax.grad(log_density)(m + jnp.exp(w) * e, theta)
             return jnp.concatenate([-slope, -slope * jnp.exp(w) * e - 1.0]), slope
 
-        few = _fewer(draws, num_hessians)
         few_at_once = divisor(len(few), at_once)
 
         def column(v: jax.Array) -> jax.Array:
@@ -217,7 +242,7 @@ def _build(target: Target, name: str, num_hessians: int | None) -> tuple[Guide, 
         return lax.cond(number == 0, curvature, gradients)
 
     @Quick
-    def respond(params: Any, info: SolverInfo, draws: jax.Array, response: Response) -> Any:
+    def respond(params: Any, status: Any, draws: jax.Array, response: Response) -> Any:
         own = params[name]
         scale = jnp.exp(own["scale"])
         # (m, log scale) in units of the scales: every block of the Hessian is then of order one.
@@ -238,21 +263,23 @@ def _build(target: Target, name: str, num_hessians: int | None) -> tuple[Guide, 
         definite = jnp.all(jnp.isfinite(scale_tril))
         scale_tril = jnp.where(definite, scale[:, None] * scale_tril, jnp.diag(scale))
         values = {name: {"loc": own["loc"], "scale_tril": scale_tril}}
-        status = jnp.where(definite, info.status, SolverStatus.INDEFINITE)
-        info = info._replace(status=status, sampling_error=relative)
+        status = jnp.where(definite, status, SolverStatus.INDEFINITE)
         rest = {key: params[key] for key in params if key != name}
         equal = jnp.full(len(draws), 1 / len(draws), draws.dtype)
         slopes = Slopes(own["loc"] + scale * draws, response.slopes, equal)
-        return {**rest, **unconstrain(guide.declared, values)}, info, slopes
+        return {**rest, **unconstrain(guide.declared, values)}, status, relative, slopes
 
     return guide, expand, respond
 
 
-def _fewer(draws: jax.Array, number: int | None) -> jax.Array:
-    """The first pairs of antithetic draws (e in the first half, -e in the second), at most `number`
-    draws, rescaled to mean square one in every coordinate."""
-    if number is None or number >= len(draws):
-        return draws
+def _num_few(draws: Any, num_hessians: int | None) -> int | None:
+    """At how many draws Hessians are computed; None for all."""
+    return None if num_hessians is None or num_hessians >= len(draws) else num_hessians
+
+
+def _fewer(draws: Any, number: int, xp: Any = jnp) -> Any:
+    """The first pairs of antithetic draws (e in the first half, -e in the second), so many draws,
+    rescaled to mean square one in every coordinate."""
     half = len(draws) // 2
-    few = jnp.concatenate([draws[: number // 2], draws[half : half + number // 2]])
-    return few / jnp.sqrt(jnp.mean(few**2, axis=0))
+    few = xp.concatenate([draws[: number // 2], draws[half : half + number // 2]])
+    return few / xp.sqrt(xp.mean(few**2, axis=0))

@@ -20,7 +20,7 @@ from vi_params._tree import pick
 from vi_params.importance import at_once
 from vi_params.params import constrain
 from vi_params.solvers.fixed_draws import DENSE
-from vi_params.solvers.linear_response import PLACES, prepared
+from vi_params.solvers.linear_response import PLACES, nowhere, prepared
 from vi_params.solvers.solution import Slopes, Solution
 from vi_params.target import Target, flat
 
@@ -107,11 +107,12 @@ def _by_program(target: Target, solution: Solution, data: Any) -> At:
 def _by_response(
     target: Target, name: str, solution: Solution, data: Any, num_hessians: int | None
 ) -> At:
-    _, expand, _ = prepared(target, name, num_hessians)
+    _, expand, _ = prepared(target, name)
+    few, *_ = nowhere(solution.noise, num_hessians)
     # Gradients at places do not depend on where the guide is.
     zeros = jnp.asarray(np.zeros(solution.noise.shape[1], solution.noise.dtype))
     params = {**solution.params, name: {"loc": zeros, "scale": zeros}}
-    return lambda rows, number: expand(params, solution.noise, data, rows, np.int32(number))[1]
+    return lambda rows, number: expand(params, solution.noise, data, few, rows, np.int32(number))[1]
 
 
 def slopes_by_response(
