@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from vi_params._arrays import on_host
+from vi_params._arrays import ahead, on_host
 from vi_params._cache import program
 from vi_params._compile import Quick
 from vi_params._over import over
@@ -91,16 +91,12 @@ def judge_of_proposal(
     size = _rows(target, data)
 
     def draw(key: jax.Array, num_draws: int) -> tuple[Any, Any, np.ndarray]:
-        random, parts = generator(key), []
-        number = num_draws // size  # a part of a block would not be a sample
-        following = proposal(random, size)
-        for i in range(number):
-            u, log_q = following[0].astype(_dtype()), following[1]
-            # It runs while the host goes on; several at once could wait for each other (`_over`).
-            running = density(own, u, data)
-            if i + 1 < number:
-                following = proposal(random, size)
-            latents, log_p = jax.device_get(running)
+        parts, number = [], num_draws // size  # a part of a block would not be a sample
+        proposed = ahead(lambda random: proposal(random, size), generator(key).spawn(number))
+        for position, log_q in proposed:
+            u = position.astype(_dtype())
+            # One density at a time: several could wait for each other (`_over`).
+            latents, log_p = jax.device_get(density(own, u, data))
             parts.append((latents, u, log_p.astype(float) - log_q))
         return joined(parts, number * size)
 
