@@ -76,13 +76,19 @@ def own(folder):
     return {name: Own(name, folder) for name in MODELS}
 
 
-def errors(posterior, draws):
+def of_draws(draws):
+    """The means and the standard deviations of draws, by site."""
+    arrays = {site: np.asarray(x) for site, x in draws.items()}
+    return tuple({site: f(x, axis=0) for site, x in arrays.items()} for f in (np.mean, np.std))
+
+
+def errors(posterior, means, sds):
     """The largest error of a mean, in standard deviations, and of a log standard deviation."""
     reference = posterior.reference()
     of_mean = of_log_sd = 0.0
     for parameter, site in posterior.params.items():
         mean, sd = (np.asarray(reference[what][parameter]) for what in ("mean", "sd"))
-        found = np.asarray(draws[site]).reshape(-1, *mean.shape)
-        of_mean = max(of_mean, float(np.max(np.abs(found.mean(0) - mean) / sd)))
-        of_log_sd = max(of_log_sd, float(np.max(np.abs(np.log(found.std(0) / sd)))))
+        found, spread = (np.reshape(of[site], mean.shape) for of in (means, sds))
+        of_mean = max(of_mean, float(np.max(np.abs(found - mean) / sd)))
+        of_log_sd = max(of_log_sd, float(np.max(np.abs(np.log(spread / sd)))))
     return of_mean, of_log_sd

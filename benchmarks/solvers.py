@@ -12,7 +12,7 @@ import math
 import time
 
 import jax
-from reference import errors, posteriors
+from reference import errors, of_draws, posteriors
 
 import vi_params as vi
 
@@ -65,7 +65,7 @@ def main():
             key = jax.random.key(2)
             found = vi.diagnose(target, solution.guide, solution.params, key)
             draws = vi.draws(target, solution.guide, solution.params, key, 10_000)
-            mean, sd = errors(posterior, draws)
+            mean, sd = errors(posterior, *of_draws(draws))
             print(
                 f"{name} | {solver} | {mean:.3f} | {sd:.3f} | {float(found.k_hat):.2f} | "
                 f"{again:.3f} | {first:.1f} | {vi.SolverStatus(int(solution.info.status)).name} "

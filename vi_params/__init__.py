@@ -22,7 +22,7 @@ from vi_params import (
 )
 from vi_params._table import Table
 from vi_params._version import __version__
-from vi_params.approximation import Approximation, NutsStart, approximate
+from vi_params.approximation import Approximation, Moments, NutsStart, approximate
 from vi_params.averaging import averaged, evaluation_params
 from vi_params.batches import Batch
 from vi_params.diagnostics import (
@@ -101,6 +101,7 @@ __all__ = [
     "Latent",
     "Measure",
     "Minibatch",
+    "Moments",
     "NutsStart",
     "Objective",
     "Param",

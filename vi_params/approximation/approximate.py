@@ -100,7 +100,8 @@ def approximate(
             1000 dimensions; it takes thousands of gradient steps.
 
     Returns:
-        An `Approximation`: print it. `draws(key, n)` gives draws, importance-resampled where that
+        An `Approximation`: print it. `moments(key)` gives means and standard deviations, of the
+        weighted draws that it was judged by, `draws(key, n)` draws, importance-resampled where that
         can be relied on; where it is not to be trusted, `nuts_start(key)` gives MCMC a start.
 
     Raises:
@@ -119,9 +120,11 @@ def approximate(
         >>> posterior = vi.approximate(target, jax.random.key(0))
         >>> posterior.trustworthy
         True
-        >>> draws = posterior.draws(jax.random.key(1), 2000)["rate"]  # it is Gamma(14, 4)
-        >>> bool(abs(draws.mean() - 3.5) < 0.1), bool(abs(draws.var() - 0.875) < 0.1)
+        >>> moments = posterior.moments(jax.random.key(1))  # it is Gamma(14, 4)
+        >>> bool(abs(moments.mean["rate"] - 3.5) < 0.1), bool(abs(moments.sd["rate"] - 0.935) < 0.1)
         (True, True)
+        >>> posterior.draws(jax.random.key(1), 2000)["rate"].shape
+        (2000,)
     """
     data = data_of(target, data)
     require_key(key, "approximate")
@@ -185,5 +188,6 @@ def _conclude(
         coordinates=coordinates,
         data=data,
         judge=best.judge,
+        batches=tuple(batch._replace(position=None) for batch in best.batches),
         sorted_by=heaviest(best.batches[0]) if best.is_trustworthy else None,
     )

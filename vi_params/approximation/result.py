@@ -17,9 +17,10 @@ from vi_params._over import over
 from vi_params._table import Table
 from vi_params._tree import pick
 from vi_params.approximation.judge import Judge, generator, joined
+from vi_params.approximation.moments import Moments, moments_of
 from vi_params.diagnostics import Diagnosis
 from vi_params.guide import Guide
-from vi_params.importance import Weighted
+from vi_params.importance import Weighted, psis_on_host
 from vi_params.params import constrain
 from vi_params.target import Target, flat, split_vector
 
@@ -73,6 +74,7 @@ class Approximation:
             `guide` and `params` in calls of `vi.diagnose`, `vi.draws` and others.
         data: the data it was approximated for.
         judge: `key -> (weighted draws, diagnosis)`, a batch of the guide's draws.
+        batches: the weighted draws that it was judged by, without their positions.
         sorted_by: the latent, and the column of its values, that `draws` is stratified by as it
             resamples; None where it does not.
     """
@@ -88,6 +90,7 @@ class Approximation:
     coordinates: Target
     data: Any
     judge: Judge
+    batches: tuple[Weighted, ...]
     sorted_by: tuple[str, int] | None = None
 
     def draws(self, key: jax.Array, num_draws: int) -> dict[str, jax.Array]:
@@ -111,16 +114,44 @@ class Approximation:
         require_key(key, "Approximation.draws")
         require_count(num_draws, "num_draws", "Approximation.draws")
         latents, _ = self._choose(key, num_draws)
-        compute, own = program(_deterministic, self.target), pick(self.params, self.target.declared)
-        parts = []
-        for begin in range(0, num_draws, BLOCK):
-            # Blocks of one size: every number of draws would compile a program of its own.
-            rows = np.minimum(np.arange(begin, begin + BLOCK), num_draws - 1)
-            block = {name: values[rows] for name, values in latents.items()}
-            parts.append(jax.device_get(compute(own, block, self.data)))
-            if not parts[0]:
-                break
-        return jax.device_put({**latents, **joined(parts, num_draws)})
+        return jax.device_put(self._with_deterministic(latents))
+
+    def moments(self, key: jax.Array, num_effective: int = 4000) -> Moments:
+        """Means and standard deviations of the posterior, at once: those of the weighted draws that
+        it was judged by. Only where fewer than `num_effective` of them are effective, further ones
+        are made.
+
+        Where `resampled` says so they have their Pareto-smoothed importance weights, else none, as
+        `draws` has it.
+
+        Args:
+            key: a typed random key, of further draws.
+            num_effective: how many effective draws are enough; at most 25 more batches are made.
+
+        Returns:
+            The `Moments` of the constrained latents and the target's deterministic sites.
+
+        Raises:
+            ValueError: num_effective < 1.
+            TypeError: `key` is not a typed key.
+        """
+        require_key(key, "Approximation.moments")
+        require_count(num_effective, "num_effective", "Approximation.moments")
+        with on_host():
+            batches = self._enough(key, num_effective)
+            weights = np.full(sum(len(one.log_ratios) for one in batches), 1.0)
+            if self.resampled:
+                ratios = np.concatenate([one.log_ratios for one in batches])
+                weights = np.exp(np.asarray(psis_on_host(ratios).log_weights, float))
+            weights /= np.sum(weights)
+            parts, end = [], 0
+            for one in batches:
+                begin, end = end, end + len(one.log_ratios)
+                # Of less weight, a value may be infinite.
+                counts = weights[begin:end] > np.finfo(np.float32).tiny
+                latents = jax.tree.map(lambda x, i=counts: x if i.all() else x[i], one.latents)
+                parts.append((weights[begin:end][counts], self._with_deterministic(latents)))
+            return moments_of(parts)
 
     def nuts_start(self, key: jax.Array, num_chains: int = 4) -> NutsStart:
         """Starting points and an inverse mass matrix for NUTS.
@@ -159,6 +190,29 @@ class Approximation:
         start = position[order]
         named = jax.vmap(lambda u: split_vector(self.target, u))(start)
         return NutsStart(start, named, covariance)
+
+    def _with_deterministic(self, latents: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Latents, and the target's deterministic sites."""
+        compute, own = program(_deterministic, self.target), pick(self.params, self.target.declared)
+        num_draws, parts = len(next(iter(latents.values()))), []
+        for begin in range(0, num_draws, BLOCK):
+            # Blocks of one size: every number of draws would compile a program of its own.
+            rows = np.minimum(np.arange(begin, begin + BLOCK), num_draws - 1)
+            block = {name: values[rows] for name, values in latents.items()}
+            parts.append(jax.device_get(compute(own, block, self.data)))
+            if not parts[0]:
+                break
+        return {**latents, **joined(parts, num_draws)}
+
+    def _enough(self, key: jax.Array, num_effective: int) -> list[Weighted]:
+        """The batches by which it was judged, and further ones until enough draws are effective."""
+        batches = list(self.batches)
+        for i in range(MOST_BATCHES):
+            told = (one.smoothed.ess if self.resampled else len(one.log_ratios) for one in batches)
+            if sum(float(ess) for ess in told) >= num_effective:
+                break
+            batches.append(self.judge(jax.random.fold_in(key, i))[0])
+        return batches
 
     def _choose(self, key: jax.Array, num_draws: int) -> tuple[dict[str, np.ndarray], jax.Array]:
         """Latents, on the host, and unconstrained vectors of `num_draws` draws."""
