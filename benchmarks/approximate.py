@@ -5,7 +5,7 @@
 Every posterior of FOLDER (posteriors.py, moments.json) and every model of this repository, in
 float64. Each side runs in a process of its own: once cold, with tracing and compilation, to its
 moments; then with other keys, everything compiled (target and kernel are made in the cold run):
-ours three times, the median; NUTS, whose 8,000 transitions average by themselves, once. NUTS: 4
+ours seven times, the median; NUTS, whose 8,000 transitions average by themselves, once. NUTS: 4
 chains, vectorised or sequential, whichever was the faster, 1,000 warm-up steps and 1,000 draws
 each. `draws s` is what 4,000 draws take beyond, compiled. Errors are the largest over all
 parameters: of means in reference standard deviations, of log standard deviations. The reference of
@@ -24,7 +24,7 @@ import time
 
 from reference import errors, of_draws, own, posteriors
 
-REPEATS = 3
+REPEATS = 7
 DRAWS = 4000
 MEAN, LOG_SD = 0.1, 0.15
 

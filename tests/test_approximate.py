@@ -568,7 +568,7 @@ def test_draws_in_the_order_of_a_heavy_tail_have_its_spread():
     assert spread.drawn_error > 0.1
     assert spread.error < 0.03
     assert spread.is_shown
-    assert not spread._replace(is_order=False).is_shown
+    assert not spread._replace(order=("x1", 0)).is_shown
     assert not worst(2.2, 2).is_shown
     assert not worst(1.0, 1).is_shown
 

@@ -5,6 +5,7 @@ runs on itself and waits for them there: as many such calls at once as there are
 each other for ever. Two batched triangular solves do it on a machine of two cores.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -68,6 +69,7 @@ def divisor(number: int, limit: int) -> int:
     return next(n for n in range(max(1, min(number, limit)), 0, -1) if number % n == 0)
 
 
+@functools.lru_cache(64)
 def has_batched_lapack(jaxpr: Any) -> bool:
     """Whether a program makes batched LAPACK calls: two of them at once are unsafe on a CPU."""
     return any(

@@ -8,13 +8,9 @@ from vi_params._arrays import on_host
 from vi_params._check import explain, require_count, require_key
 from vi_params._compile import compiler
 from vi_params._table import Table
-from vi_params.approximation.candidate import (
-    Candidate,
-    best_of,
-)
+from vi_params.approximation.candidate import Candidate, best_of
 from vi_params.approximation.result import Approximation
 from vi_params.approximation.stages import tried
-from vi_params.approximation.tails import heaviest
 from vi_params.approximation.verdict import verdict
 from vi_params.solvers.start import data_of
 from vi_params.target import Target, flat, recentring, whole
@@ -189,5 +185,5 @@ def _conclude(
         data=data,
         judge=best.judge,
         batches=tuple(batch._replace(position=None) for batch in best.batches),
-        sorted_by=heaviest(best.batches[0]) if best.is_trustworthy else None,
+        sorted_by=best.spread.order if best.is_trustworthy and best.spread else None,
     )

@@ -206,12 +206,16 @@ class Approximation:
 
     def _enough(self, key: jax.Array, num_effective: int) -> list[Weighted]:
         """The batches by which it was judged, and further ones until enough draws are effective."""
-        batches = list(self.batches)
+        batches, block = list(self.batches), self.judge.block
         for i in range(MOST_BATCHES):
-            told = (one.smoothed.ess if self.resampled else len(one.log_ratios) for one in batches)
-            if sum(float(ess) for ess in told) >= num_effective:
+            number = sum(len(one.log_ratios) for one in batches)
+            share = sum(float(one.smoothed.ess) for one in batches) / number
+            share = share if self.resampled else 1.0
+            missing = num_effective - share * number
+            if missing <= 0:
                 break
-            batches.append(self.judge(jax.random.fold_in(key, i))[0])
+            size = min(self.judge.num_draws, block * math.ceil(missing / (share * block)))
+            batches.append(self.judge(jax.random.fold_in(key, i), size)[0])
         return batches
 
     def _choose(self, key: jax.Array, num_draws: int) -> tuple[dict[str, np.ndarray], jax.Array]:

@@ -43,8 +43,8 @@ class Spread(NamedTuple):
         drawn_error: that of one computed from 4000 draws of the posterior itself, by its kurtosis.
         shares: of its second moment, those of the draws; shape (num_draws,).
         column: the latent, and the column of its values.
-        is_order: whether draws are resampled in its order: they have its spread as the weighted
-            draws have it.
+        order: the column that draws are resampled in the order of: the one of which 4000 draws of
+            the posterior would show the spread worst.
     """
 
     name: str
@@ -53,7 +53,12 @@ class Spread(NamedTuple):
     drawn_error: float = 0.0
     shares: Any = None
     column: tuple[str, int] | None = None
-    is_order: bool = False
+    order: tuple[str, int] | None = None
+
+    @property
+    def is_order(self) -> bool:
+        """Whether resampled draws have this spread as the weighted draws have it."""
+        return self.order is not None and self.column == self.order
 
     @property
     def is_shown(self) -> bool:
@@ -102,12 +107,6 @@ def worst_spread(*batches: Weighted) -> Spread:
     return max((_worst(suspects) for suspects in _all_suspects(*batches)), key=_doubt)
 
 
-def heaviest(weighted: Weighted) -> tuple[str, int] | None:
-    """The latent, and its column, of which 4000 draws of the posterior would show the spread
-    worst."""
-    return max(_suspects(weighted), key=_drawn_error).column
-
-
 def towards_spreads(*batches: Weighted) -> Weighted:
     """The batch with the worst spread, which is not shown, half of its weights those that the draws
     have in second moments that are not shown: what is fitted to it draws where they come from."""
@@ -138,7 +137,7 @@ def _all_suspects(*batches: Weighted) -> list[list[Spread]]:
     """Those of each batch; the heaviest of the first one gives the draws their order."""
     found = [_suspects(weighted) for weighted in batches]
     order = max(found[0], key=_drawn_error).column
-    return [[one._replace(is_order=one.column == order) for one in suspects] for suspects in found]
+    return [[one._replace(order=order) for one in suspects] for suspects in found]
 
 
 def _suspects(weighted: Weighted) -> list[Spread]:
