@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vi_params._arrays import on_host
 from vi_params._over import has_batched_lapack
 from vi_params._tree import is_traced
 
@@ -67,12 +68,12 @@ class Quick:
             self._end_compiling()
             traced = self._own().trace(*calls[0])
             if not has_batched_lapack(traced.jaxpr):
-                # What is compiled does not ask for the settings of its thread, as a call would.
+                # What is compiled does not ask for the settings of its thread, as a call would;
+                # threads of LAPACK's own would wait for each other.
                 compiled = traced.lower().compile()
-                with ThreadPoolExecutor(len(calls)) as pool:
-                    return list(
-                        pool.map(lambda args: jax.block_until_ready(compiled(*args)), calls)
-                    )
+                with on_host(), ThreadPoolExecutor(len(calls)) as pool:
+                    found = pool.map(lambda args: jax.block_until_ready(compiled(*args)), calls)
+                    return list(found)
         return [self(*args) for args in calls]
 
     def ahead(self, pool: Executor, *args: Any) -> Any:

@@ -148,10 +148,9 @@ def prepared(target: Target, name: str) -> tuple[Guide, Quick, Quick]:
 def nowhere(draws: Any, num_hessians: int | None) -> tuple[Any, Any, Any]:
     """The last arguments of the first program, for draws or their shapes, as nothing is asked for:
     the few draws of one call, the places and the number."""
-    few, dim = _num_few(draws, num_hessians), draws.shape[1]
-    rows = (few and few // num_parts(few), PLACES)
-    of_few, places = (n and np.zeros((n, dim), draws.dtype) for n in rows)
-    return of_few, places, np.int32(0)
+    number, dim = _num_few(draws, num_hessians), draws.shape[1]
+    few = number and np.zeros((number // num_parts(number), dim), draws.dtype)
+    return few, np.zeros((PLACES, dim), draws.dtype), np.int32(0)
 
 
 def _expanded(
