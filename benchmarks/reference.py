@@ -85,10 +85,10 @@ def of_draws(draws):
 def errors(posterior, means, sds):
     """The largest error of a mean, in standard deviations, and of a log standard deviation."""
     reference = posterior.reference()
-    of_mean = of_log_sd = 0.0
+    of_mean, of_log_sd = [], []
     for parameter, site in posterior.params.items():
         mean, sd = (np.asarray(reference[what][parameter]) for what in ("mean", "sd"))
         found, spread = (np.reshape(of[site], mean.shape) for of in (means, sds))
-        of_mean = max(of_mean, float(np.max(np.abs(found - mean) / sd)))
-        of_log_sd = max(of_log_sd, float(np.max(np.abs(np.log(spread / sd)))))
-    return of_mean, of_log_sd
+        of_mean.append(np.max(np.abs(found - mean) / sd))
+        of_log_sd.append(np.max(np.abs(np.log(spread / sd))))
+    return float(np.max(of_mean)), float(np.max(of_log_sd))  # NaN where one is

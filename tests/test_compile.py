@@ -73,44 +73,69 @@ def test_what_was_not_begun_is_dropped_and_compiled_when_it_is_called():
         gate.set()
 
 
-def entering(inside):
-    """A program that goes through `inside`, on the host, and then factorises matrices."""
-
-    def through(x):
-        x = jax.pure_callback(inside, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
-        return jnp.linalg.cholesky(x)
-
-    return Quick(through)
-
-
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="accelerators run them one by one")
-def test_calls_run_side_by_side():
-    """Each waits for the other one inside."""
+def test_calls_run_side_by_side(monkeypatch):
+    """Each waits inside for the other one."""
     barrier = threading.Barrier(2, timeout=60.0)
 
     def inside(x):
         barrier.wait()
         return x
 
-    found = entering(inside).side_by_side([(jnp.eye(3),), (4.0 * jnp.eye(3),)])
-    np.testing.assert_allclose(found, [np.eye(3), 2.0 * np.eye(3)])
+    def through(x):
+        return jax.pure_callback(inside, jax.ShapeDtypeStruct(x.shape, x.dtype), x) + 1.0
+
+    monkeypatch.setattr("vi_params._compile.runs_alone", lambda jaxpr: False)
+    found = Quick(through).side_by_side([(X,), (2.0 * X,)])
+    np.testing.assert_allclose(found, [X + 1.0, 2.0 * X + 1.0])
 
 
-def test_batched_factorisations_do_not_run_side_by_side():
-    """Two of them at once can wait for each other for ever."""
-    lock, met = threading.Lock(), []
+def told(x):
+    jax.debug.callback(lambda x: None, x)
+    return x
 
-    def inside(x):
-        met.append(lock.acquire(blocking=False))
-        if met[-1]:
-            threading.Event().wait(0.05)
-            lock.release()
-        return x
 
-    matrices = jnp.stack([jnp.eye(3), 4.0 * jnp.eye(3)])
-    found = entering(inside).side_by_side([(matrices,), (9.0 * matrices,)])
-    np.testing.assert_allclose(found[1], 3.0 * np.array([np.eye(3), 2.0 * np.eye(3)]))
-    assert met == [True, True]
+def called(x):
+    return jax.pure_callback(lambda x: x, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+
+MATRICES = jnp.stack([jnp.eye(3), 4.0 * jnp.eye(3)])
+
+
+@pytest.fixture
+def no_threads(monkeypatch):
+    def pool(number):
+        raise RuntimeError("threads")
+
+    monkeypatch.setattr("vi_params._compile.ThreadPoolExecutor", pool)
+
+
+@pytest.mark.usefixtures("no_threads")
+@pytest.mark.parametrize("f", [jnp.linalg.cholesky, jax.jit(called), told])
+def test_what_runs_alone_is_called_in_turn(f):
+    """Batched factorisations, two of which can wait for each other, and functions of Python."""
+    calls = [(MATRICES,), (9.0 * MATRICES,)]
+    expected = [f(*args) for args in calls]
+    np.testing.assert_allclose(Quick(f).side_by_side(calls), expected, rtol=1e-6)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="accelerators run all in turn")
+@pytest.mark.usefixtures("no_threads")
+@pytest.mark.parametrize(("f", "x"), [(jnp.tanh, MATRICES), (jnp.linalg.cholesky, MATRICES[0])])
+def test_what_else_there_is_runs_by_threads(f, x):
+    """The factorisation of one matrix is no batch."""
+    with pytest.raises(RuntimeError, match="threads"):
+        Quick(f).side_by_side([(x,), (4.0 * x,)])
+
+
+def test_within_another_program_calls_are_traced_in_turn():
+    inner = Quick(lambda x: jnp.tanh(x @ x))
+    exact = np.tanh(np.asarray([X @ X, 4.0 * X @ X]))
+    np.testing.assert_allclose(
+        jax.jit(lambda x: jnp.stack(inner.side_by_side([(x,), (2.0 * x,)])))(X), exact, rtol=1e-6
+    )
+    closed = jax.jit(lambda y: y + jnp.stack(inner.side_by_side([(X,), (2.0 * X,)])))
+    np.testing.assert_allclose(closed(0.0), exact, rtol=1e-6)
 
 
 def test_side_by_side_the_settings_are_those_of_the_caller(compilations):

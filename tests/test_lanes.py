@@ -7,7 +7,7 @@ import pytest
 
 import vi_params as vi
 from vi_params._over import lanes_in_turn
-from vi_params.approximation.optima import optima
+from vi_params.approximation.optima import optima, solver, together
 from vi_params.solvers.fixed_draws import FEW, fixed_draws
 from vi_params.solvers.lanes import in_two_stages, planned
 from vi_params.solvers.solution import SolverStatus
@@ -192,6 +192,18 @@ def test_halves_of_the_lanes_find_what_all_do(lanes):
         assert len(found) == 2
         assert [round(float(one.params["guide"]["loc"][0])) for one in found] == [6, -6]
         assert len(optima(fewer, key, fewer.data, {}, lanes)) == 1  # it holds no mass that matters
+
+
+def test_the_better_half_is_the_solution(monkeypatch):
+    """Whichever it is."""
+    target, key = modes([0.0, 1.0]), jax.random.key(3)
+    guide, solve = solver(target, {}, 8)
+    parts = [solve(key, target.data, {}, None, np.int32(numbers)) for numbers in ([0, 1], [2, 3])]
+    worse = (parts[0][0], parts[0][1]._replace(elbo=parts[0][1].elbo - 5.0), *parts[0][2:])
+    for order in ([worse, parts[1]], [parts[1], worse]):
+        found = together(guide, order)
+        assert float(found.info.elbo) == float(parts[1][1].elbo)
+        np.testing.assert_array_equal(found.params["guide"]["loc"], parts[1][0]["guide"]["loc"])
 
 
 def test_what_is_told_is_of_all_draws():

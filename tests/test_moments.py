@@ -66,6 +66,26 @@ def test_further_draws_are_made_until_enough_are_effective(posterior):
     np.testing.assert_allclose(ratio, np.sqrt(few.num_effective / many.num_effective), rtol=0.2)
 
 
+def test_further_draws_are_others():
+    """By the key that it was approximated with, too."""
+    posterior = vi.approximate(TARGET, KEY)
+    seen = np.concatenate([batch.latents["rate"] for batch in posterior.batches])
+    batches = posterior._enough(KEY, 20_000)
+    rate = np.concatenate([batch.latents["rate"] for batch in batches])
+    assert len(rate) > len(seen)
+    assert len(np.unique(rate)) > 0.99 * len(rate)  # of few in float32 some are alike by chance
+
+
+def test_an_infinite_density_is_told(posterior):
+    batch = posterior.batches[0]
+    ratios = np.array(batch.log_ratios)
+    ratios[0] = np.inf
+    batch = batch._replace(log_ratios=ratios, smoothed=psis_on_host(ratios))
+    found = dataclasses.replace(posterior, batches=(batch,)).moments(KEY, num_effective=10)
+    assert np.isnan(found.mean["rate"])
+    assert np.isnan(found.sd["rate"])
+
+
 def test_errors_are_those_of_repeated_batches(posterior):
     """Each by draws of its own: their means differ as they say."""
     batches = [posterior.judge(jax.random.key(i))[0] for i in range(40)]

@@ -1,5 +1,7 @@
 """Linear response without the Hessian as a matrix, against closed forms and the dense one."""
 
+import importlib
+
 import jax
 import jax.experimental
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import pytest
 from numpyro.distributions import constraints
 
 import vi_params as vi
+from vi_params.solvers import fixed_draws
 
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 
@@ -202,6 +205,53 @@ def test_few_hessians_of_collinear_latents():
         found = vi.linear_response(target, solution, num_hessians=4)
         assert found.info.status == Status.CONVERGED
         np.testing.assert_allclose(covariance_of(found), np.linalg.inv(precision), atol=1e-3)
+
+
+def steep():
+    """Forty latents that are no Gaussian: the solver holds no Hessian of them."""
+    return vi.target(
+        lambda v, z, d: jnp.sum(2.0 * z["z"] - jnp.exp(z["z"])), {"z": vi.Latent((40,))}
+    )
+
+
+@pytest.mark.parametrize("number", [2, 4, 6, 8])
+def test_few_hessians_are_computed_by_draws(number, monkeypatch):
+    """However many, a part has whole pairs: by columns they take twice as many products."""
+    seen = []
+
+    def exists(*args):
+        seen.append(fixed_draws.exists(*args))
+        return seen[-1]
+
+    # The package has a function of the module's name.
+    module = importlib.import_module("vi_params.solvers.linear_response")
+    monkeypatch.setattr(module, "exists", exists)
+    target = steep()
+    vi.linear_response(target, vi.solvers.deterministic(target, KEY), num_hessians=number)
+    assert seen
+    assert all(seen)
+
+
+def test_few_hessians_within_another_program():
+    """Of a solution that is an argument, and of one that is known."""
+    with enable_x64(True):
+        target = steep()
+        solution = vi.solvers.deterministic(target, KEY)
+
+        def respond(params, noise):
+            given = solution._replace(params=params, noise=noise)
+            return vi.linear_response(target, given, num_hessians=8).params
+
+        expected = respond(solution.params, solution.noise)
+        for found in (
+            jax.jit(respond)(solution.params, solution.noise),
+            jax.jit(lambda x: respond(solution.params, solution.noise))(0.0),
+        ):
+            jax.tree.map(
+                lambda got, wanted: np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-9),
+                found,
+                expected,
+            )
 
 
 @pytest.mark.parametrize(

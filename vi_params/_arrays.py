@@ -95,10 +95,11 @@ def logsumexp(x: Any, axis: int = 0, xp: Any = jnp) -> Any:
     return np.log(np.sum(np.exp(x - shift), axis=axis)) + np.squeeze(shift, axis)
 
 
-def ahead(f: Callable[[Any], Any], xs: list[Any]) -> Iterator[Any]:
-    """f of every x, in their order, on the host: made by threads while what is there is used."""
-    if len(xs) == 1:
-        yield f(xs[0])
+def by_threads(f: Callable[[Any], Any], xs: list[Any]) -> Iterator[Any]:
+    """f of every x, in their order, on the host: made by threads while what is there is used, all
+    of them if they are faster."""
+    if len(xs) <= 1:
+        yield from map(f, xs)
         return
 
     def inside(x: Any) -> Any:

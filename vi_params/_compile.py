@@ -6,13 +6,13 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import jax
-import jax.numpy as jnp
 
 from vi_params._arrays import on_host
-from vi_params._over import has_batched_lapack
-from vi_params._tree import is_traced
+from vi_params._over import runs_alone
+from vi_params._tree import is_within_program
 
 LIGHT: dict[str, Any] = {"xla_backend_optimization_level": 1}
 """XLA's options for them on a CPU: what it does beyond costs more than these programs run."""
@@ -52,29 +52,31 @@ class Quick:
         self.plain = jax.jit(precise(f))  # on a CPU products are exact anyway
         self.light = jax.jit(f, compiler_options=options) if options else self.plain
         self.begun: list[Future] = []
+        self.alone: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
     def __call__(self, *args: Any) -> Any:
-        # Within another program even a constant is traced; options belong to outermost programs.
-        if is_traced(*args, jnp.zeros(())):
+        if is_within_program(*args):  # options belong to outermost programs
             return self.plain(*args)
         self._end_compiling()
         return self._own()(*args)
 
     def side_by_side(self, calls: list[tuple]) -> list[Any]:
-        """What calls with arguments of the same shapes give: on a CPU by a thread each, unless two
-        at once are unsafe (`_over`). Not under another transformation."""
-        if len(calls) > 1 and jax.default_backend() == "cpu":
-            calls = jax.device_put(calls)
-            self._end_compiling()
-            traced = self._own().trace(*calls[0])
-            if not has_batched_lapack(traced.jaxpr):
-                # What is compiled does not ask for the settings of its thread, as a call would;
-                # threads of LAPACK's own would wait for each other.
-                compiled = traced.lower().compile()
-                with on_host(), ThreadPoolExecutor(len(calls)) as pool:
-                    found = pool.map(lambda args: jax.block_until_ready(compiled(*args)), calls)
-                    return list(found)
-        return [self(*args) for args in calls]
+        """What calls with arguments of the same shapes give: on a CPU by a thread each, unless the
+        program `runs_alone`."""
+        if len(calls) == 1 or jax.default_backend() != "cpu" or is_within_program(calls):
+            return [self(*args) for args in calls]
+        calls = jax.device_put(calls)
+        self._end_compiling()
+        traced = self._own().trace(*calls[0])
+        if traced.jaxpr not in self.alone:
+            self.alone[traced.jaxpr] = runs_alone(traced.jaxpr)
+        if self.alone[traced.jaxpr]:
+            return [self(*args) for args in calls]
+        # What is compiled does not ask for the settings of its thread, as a call would; threads of
+        # LAPACK's own would wait for each other.
+        compiled = traced.lower().compile()
+        with on_host(), ThreadPoolExecutor(len(calls)) as pool:
+            return list(pool.map(lambda args: jax.block_until_ready(compiled(*args)), calls))
 
     def ahead(self, pool: Executor, *args: Any) -> Any:
         """Has the program compiled by a thread of `pool`, unless it is; gives its outputs' shapes.

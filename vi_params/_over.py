@@ -5,7 +5,6 @@ runs on itself and waits for them there: as many such calls at once as there are
 each other for ever. Two batched triangular solves do it on a machine of two cores.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -69,9 +68,17 @@ def divisor(number: int, limit: int) -> int:
     return next(n for n in range(max(1, min(number, limit)), 0, -1) if number % n == 0)
 
 
-@functools.lru_cache(64)
+def runs_alone(jaxpr: Any) -> bool:
+    """Whether two calls of a program should not run at once on a CPU: batched LAPACK calls are
+    unsafe, and what is called back in Python may hold state."""
+    names = (equation.primitive.name for equation in _equations(jaxpr))
+    return has_batched_lapack(jaxpr) or any(
+        "callback" in name or name.startswith("debug") for name in names
+    )
+
+
 def has_batched_lapack(jaxpr: Any) -> bool:
-    """Whether a program makes batched LAPACK calls: two of them at once are unsafe on a CPU."""
+    """Whether a program makes batched LAPACK calls."""
     return any(
         equation.primitive.name in LAPACK and equation.invars[0].aval.ndim > 2
         for equation in _equations(jaxpr)

@@ -73,6 +73,12 @@ def is_traced(*trees: Any) -> bool:
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))
 
 
+def is_within_program(*trees: Any) -> bool:
+    """Whether another program is being traced, these values known or not: there even a constant is
+    traced."""
+    return is_traced(trees, jnp.zeros(()))
+
+
 def abstract_key() -> Any:
     """The shape and dtype of a key, for tracing without one."""
     return jax.eval_shape(lambda: jax.random.key(0))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from vi_params._arrays import ahead, on_host
+from vi_params._arrays import by_threads, on_host
 from vi_params._cache import program
 from vi_params._compile import Quick
 from vi_params._over import over
@@ -92,7 +92,7 @@ def judge_of_proposal(
 
     def draw(key: jax.Array, num_draws: int) -> tuple[Any, Any, np.ndarray]:
         parts, number = [], num_draws // size  # a part of a block would not be a sample
-        proposed = ahead(lambda random: proposal(random, size), generator(key).spawn(number))
+        proposed = by_threads(lambda random: proposal(random, size), generator(key).spawn(number))
         for position, log_q in proposed:
             u = position.astype(_dtype())
             # One density at a time: several could wait for each other (`_over`).

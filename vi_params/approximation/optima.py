@@ -34,7 +34,7 @@ def optima(target: Target, key: jax.Array, data: Any, fixed: Any, lanes: int) ->
     """
     guide, solve = solver(target, fixed, lanes)
     parts = solve.side_by_side([(key, data, fixed, None, part) for part in lane_parts(lanes)])
-    return apart(_together(guide, parts), ended=ENDED)
+    return apart(together(guide, parts), ended=ENDED)
 
 
 def solver(target: Target, fixed: Any, lanes: int) -> tuple[Guide, Quick]:
@@ -47,8 +47,9 @@ def lane_parts(lanes: int) -> np.ndarray:
     return np.arange(lanes, dtype=np.int32).reshape(-1, num_parts(lanes)).T
 
 
-def _together(guide: Guide, parts: list[tuple]) -> Solution:
-    """The solution that a search of all lanes would give, of the best of its parts."""
+def together(guide: Guide, parts: list[tuple]) -> Solution:
+    """One solution of all lanes, that of the best part, of what every part has found: lanes at one
+    optimum share a result within their part."""
     solutions = [Solution(guide, *part) for part in parts]
     if len(parts) == 1:
         return solutions[0]
@@ -56,7 +57,7 @@ def _together(guide: Guide, parts: list[tuple]) -> Solution:
     def woven(*leaves: Any) -> np.ndarray:
         """What the lanes of all parts have, in their order."""
         stacked = np.stack(jax.device_get(leaves), axis=1)
-        return stacked.reshape(-1, *stacked.shape[2:])
+        return stacked.reshape(stacked.shape[0] * stacked.shape[1], *stacked.shape[2:])
 
     best = max(solutions, key=lambda one: np.nan_to_num(float(one.info.elbo), nan=-np.inf))
     infos = [one.info for one in solutions]

@@ -15,7 +15,7 @@ from vi_params._check import require_count, require_key
 from vi_params._compile import Quick
 from vi_params._over import over
 from vi_params._table import Table
-from vi_params._tree import pick
+from vi_params._tree import fold_in_name, pick
 from vi_params.approximation.judge import Judge, generator, joined
 from vi_params.approximation.moments import Moments, moments_of
 from vi_params.diagnostics import Diagnosis
@@ -37,7 +37,8 @@ FRESH = 2 / 3
 """How many draws are taken for each effective one, at most: more would often be the same."""
 
 MOST_BATCHES = 25
-"""How many batches one call of `draws` makes at most so that none is taken twice."""
+"""How many batches one call of `draws` makes at most so that none is taken twice, and how many
+further ones one of `moments`."""
 
 
 class NutsStart(NamedTuple):
@@ -74,7 +75,8 @@ class Approximation:
             `guide` and `params` in calls of `vi.diagnose`, `vi.draws` and others.
         data: the data it was approximated for.
         judge: `key -> (weighted draws, diagnosis)`, a batch of the guide's draws.
-        batches: the weighted draws that it was judged by, without their positions.
+        batches: the weighted draws that it was judged by, without their positions; of a mixture the
+            first batch was the best of several rounds.
         sorted_by: the latent, and the column of its values, that `draws` is stratified by as it
             resamples; None where it does not.
     """
@@ -126,10 +128,12 @@ class Approximation:
 
         Args:
             key: a typed random key, of further draws.
-            num_effective: how many effective draws are enough; at most 25 more batches are made.
+            num_effective: how many effective draws are enough, counted by batches; at most 25 more
+                are made. `Moments.num_effective` says of how many all together are worth.
 
         Returns:
-            The `Moments` of the constrained latents and the target's deterministic sites.
+            The `Moments` of the constrained latents and the target's deterministic sites; NaN where
+            the log density was infinite at a draw.
 
         Raises:
             ValueError: num_effective < 1.
@@ -148,9 +152,10 @@ class Approximation:
             for one in batches:
                 begin, end = end, end + len(one.log_ratios)
                 # Of less weight, a value may be infinite.
-                counts = weights[begin:end] > np.finfo(np.float32).tiny
-                latents = jax.tree.map(lambda x, i=counts: x if i.all() else x[i], one.latents)
-                parts.append((weights[begin:end][counts], self._with_deterministic(latents)))
+                counts = ~(weights[begin:end] <= np.finfo(np.float32).tiny)
+                if counts.any():
+                    latents = jax.tree.map(lambda x, i=counts: x if i.all() else x[i], one.latents)
+                    parts.append((weights[begin:end][counts], self._with_deterministic(latents)))
             return moments_of(parts)
 
     def nuts_start(self, key: jax.Array, num_chains: int = 4) -> NutsStart:
@@ -207,14 +212,16 @@ class Approximation:
     def _enough(self, key: jax.Array, num_effective: int) -> list[Weighted]:
         """The batches by which it was judged, and further ones until enough draws are effective."""
         batches, block = list(self.batches), self.judge.block
+        key = fold_in_name(key, "moments")  # it was judged by keys that are folded alike
         for i in range(MOST_BATCHES):
             number = sum(len(one.log_ratios) for one in batches)
-            share = sum(float(one.smoothed.ess) for one in batches) / number
-            share = share if self.resampled else 1.0
-            missing = num_effective - share * number
-            if missing <= 0:
+            effective = number
+            if self.resampled:
+                effective = sum(float(np.nan_to_num(one.smoothed.ess)) for one in batches)
+            if effective >= num_effective:
                 break
-            size = min(self.judge.num_draws, block * math.ceil(missing / (share * block)))
+            wanted = (num_effective - effective) * number / max(effective, 1)
+            size = min(self.judge.num_draws, block * math.ceil(wanted / block))
             batches.append(self.judge(jax.random.fold_in(key, i), size)[0])
         return batches
 

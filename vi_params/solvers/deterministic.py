@@ -149,8 +149,8 @@ def prepared(
     fixed: tuple[str, ...] = (),
 ) -> tuple[Guide, Quick]:
     """The guide, and the program `(key, data, fixed, start, numbers) -> the fields of the Solution
-    after its guide`, for fixed parameters of these names and, unless None, a start of the first
-    lane. It searches the lanes of these numbers: parts of the lanes have the same draws."""
+    after its guide`, for fixed parameters of these names and, unless None, a start of the first of
+    the lanes that are searched, those of these numbers. Parts of the lanes have the same draws."""
     require_count(lanes, "lanes", "solvers.deterministic")
     require_count(max_steps, "max_steps", "solvers.deterministic")
     target = whole(target)

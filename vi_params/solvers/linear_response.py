@@ -19,7 +19,7 @@ from vi_params._cache import program
 from vi_params._check import explain, require_count
 from vi_params._compile import Quick
 from vi_params._over import divisor, num_parts, over
-from vi_params._tree import is_traced
+from vi_params._tree import is_within_program
 from vi_params.guide import Guide
 from vi_params.guides import full_rank, mean_field
 from vi_params.guides.low_rank import checked_rank
@@ -149,7 +149,9 @@ def nowhere(draws: Any, num_hessians: int | None) -> tuple[Any, Any, Any]:
     """The last arguments of the first program, for draws or their shapes, as nothing is asked for:
     the few draws of one call, the places and the number."""
     number, dim = _num_few(draws, num_hessians), draws.shape[1]
-    few = number and np.zeros((number // num_parts(number), dim), draws.dtype)
+    few = None
+    if number is not None:
+        few = np.zeros((number // _num_calls(number), dim), draws.dtype)
     return few, np.zeros((PLACES, dim), draws.dtype), np.int32(0)
 
 
@@ -157,15 +159,16 @@ def _expanded(
     expand: Quick, params: Any, draws: jax.Array, data: Any, num_hessians: int | None
 ) -> Response:
     """The response of a solution that does not bring it."""
-    _, places, none = nowhere(draws, num_hessians)
-    number = _num_few(draws, num_hessians)
+    _, *nothing = nowhere(draws, num_hessians)
+    number, dim = _num_few(draws, num_hessians), draws.shape[1]
     if number is None:
         parts = [None]
-    elif is_traced(params, draws, data):
+    elif is_within_program(params, draws, data):
         parts = [_fewer(draws, number)]
     else:
-        parts = np.split(_fewer(np.asarray(draws), number, np), num_parts(number))
-    calls = [(params, draws, data, few, places, none) for few in parts]
+        pairs = _fewer(np.asarray(draws), number, np).reshape(2, -1, dim)
+        parts = [few.reshape(-1, dim) for few in np.split(pairs, _num_calls(number), axis=1)]
+    calls = [(params, draws, data, few, *nothing) for few in parts]
     first, *others = (response for response, _ in expand.side_by_side(calls))
     if not others:
         return first
@@ -274,6 +277,11 @@ def _build(target: Target, name: str) -> tuple[Guide, Quick, Quick]:
 def _num_few(draws: Any, num_hessians: int | None) -> int | None:
     """At how many draws Hessians are computed; None for all."""
     return None if num_hessians is None or num_hessians >= len(draws) else num_hessians
+
+
+def _num_calls(few: int) -> int:
+    """By how many calls, each of whole pairs."""
+    return num_parts(few // 2)
 
 
 def _fewer(draws: Any, number: int, xp: Any = jnp) -> Any:
