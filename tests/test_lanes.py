@@ -4,12 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import optimize
 
 import vi_params as vi
 from vi_params._over import lanes_in_turn
 from vi_params.approximation.optima import optima, solver, together
-from vi_params.solvers.fixed_draws import FEW, fixed_draws
-from vi_params.solvers.lanes import in_two_stages, planned
+from vi_params.solvers.deterministic import default_draws
+from vi_params.solvers.fixed_draws import FEW, FRESH, MANY, fixed_draws
+from vi_params.solvers.lanes import in_stages, planned
 from vi_params.solvers.solution import SolverStatus
 from vi_params.solvers.trust_region import LAST, Minimum
 
@@ -55,6 +57,104 @@ def test_a_first_stage_is_the_loss_at_its_few_draws():
                     rows = jnp.array([0, 1, 6, 7]) if stage != LAST else jnp.arange(12)
                     slopes = found[2].slopes[rows]
                     np.testing.assert_allclose(slopes, expected[2].slopes, rtol=1e-4, atol=1e-4)
+
+
+def test_later_stages_are_the_loss_at_fresh_draws_and_at_all():
+    """Value, gradient and products; with a Hessian held, the slopes at the first draws and of every
+    pair the mean gradient over the sets."""
+
+    def log_density(u, theta):
+        return -jnp.sum(u**4) - jnp.prod(u[:2])
+
+    for dim in (2, 40):
+        scheme, keys = vi.noise.moment_matched(), jax.random.split(KEY, 5)
+        draws, *fresh = (scheme.draw(key, 12, dim) for key in keys[:3])
+        few = jnp.stack([scheme.draw(key, FEW, dim) for key in keys[3:]])
+        rng = np.random.default_rng(0)
+        x, v = (jnp.asarray(rng.normal(size=2 * dim) * 0.3, jnp.float32) for _ in range(2))
+        staged = fixed_draws(log_density, draws, 1, 0, few, jnp.stack(fresh))
+        everything = jnp.concatenate([*fresh, draws])
+        cases = (np.int32(1), few[1]), (LAST, draws), (FRESH, fresh[0]), (MANY, everything)
+        for stage, alone in cases:
+            plain = fixed_draws(log_density, alone, 1, 0)
+            expected, found = plain.expand(x, LAST), staged.expand(x, stage)
+            for one, other in zip(expected[:2], found[:2], strict=True):
+                np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+            products = plain.product(expected[2], v), staged.product(found[2], v)
+            np.testing.assert_allclose(*products, rtol=1e-3, atol=1e-3)
+        if dim == 2:
+            found = staged.expand(x, MANY)[2]
+            sets = [fixed_draws(log_density, e, 1, 0).expand(x, LAST)[2] for e in (*fresh, draws)]
+            np.testing.assert_allclose(found.slopes, sets[-1].slopes, rtol=1e-4, atol=1e-4)
+            scores = np.mean([one.scores for one in sets], axis=0)
+            np.testing.assert_allclose(found.scores, scores, rtol=1e-4, atol=1e-4)
+
+
+def sum_of_lognormals(number=40):
+    """Normal latents, half of them exponentiated, whose sum is observed: the ELBO of mean-field has
+    a closed form."""
+    half, seen = number // 2, number / 2
+
+    def log_density(values, latents, data):
+        z = latents["z"]
+        total = jnp.sum(z[:half]) + jnp.sum(jnp.exp(z[half:]))
+        return -0.5 * jnp.sum(z**2) - 0.5 * (seen - total) ** 2
+
+    def elbo(m, w):
+        variance = jnp.exp(2 * w)
+        means = jnp.exp(m[half:] + 0.5 * variance[half:])
+        mean = jnp.sum(m[:half]) + jnp.sum(means)
+        spread = jnp.sum(variance[:half]) + jnp.sum(means**2 * jnp.expm1(variance[half:]))
+        energy = jnp.sum(m**2 + variance) + (seen - mean) ** 2 + spread
+        return jnp.sum(w) - 0.5 * energy
+
+    return vi.target(log_density, {"z": vi.Latent((number,))}), elbo
+
+
+def test_the_elbo_is_not_short_of_the_best_one():
+    """By draws that are too few it is: fresh ones tell, and it goes on at many."""
+    target, elbo = sum_of_lognormals()
+
+    def loss(x):
+        return -elbo(x[:40], x[40:])
+
+    best = -optimize.minimize(
+        jax.jit(loss), jnp.full(80, -0.5), jac=jax.jit(jax.grad(loss)), method="BFGS"
+    ).fun
+    for num_draws, bounds in ((None, (0.0, 0.1)), (80, (0.12, 2.0))):
+        for seed in range(3):
+            solution = vi.solvers.deterministic(target, jax.random.key(seed), num_draws=num_draws)
+            found = solution.params["guide"]
+            assert solution.info.status == SolverStatus.CONVERGED
+            assert len(solution.noise) == 80
+            assert bounds[0] - 1e-3 < best - elbo(found["loc"], found["scale"]) < bounds[1]
+
+
+@pytest.mark.parametrize("dim", [3, 40])
+def test_where_draws_are_enough_it_stays(dim):
+    """The optimum of a quadratic is exact at the first draws: others promise nothing."""
+    root = jnp.eye(dim) + 0.5 * jnp.tril(jnp.ones((dim, dim)), -1)
+    target = vi.target(
+        lambda v, z, d: -0.5 * jnp.sum((root @ z["z"]) ** 2), {"z": vi.Latent((dim,))}
+    )
+    number = vi.solvers.deterministic(target, KEY).noise.shape[0]
+    found, expected = (
+        vi.solvers.deterministic(target, KEY, num_draws=n, lanes=1) for n in (None, number)
+    )
+    assert found.info.steps == expected.info.steps
+    np.testing.assert_array_equal(found.params["guide"]["loc"], expected.params["guide"]["loc"])
+
+
+def test_the_error_of_many_draws_is_smaller():
+    """What linear response estimates is that of all draws."""
+    target, _ = sum_of_lognormals(20)
+    few, many = (
+        vi.linear_response(target, vi.solvers.deterministic(target, KEY, num_draws=n))
+        for n in (40, None)
+    )
+    assert len(few.noise) == len(many.noise) == 40
+    ratio = float(few.info.sampling_error / many.info.sampling_error)
+    assert 2.0 < ratio < 8.0  # sixteen times as many
 
 
 def test_derivatives_are_those_of_autodiff():
@@ -155,7 +255,7 @@ def test_lanes_go_on_themselves_where_the_best_one_came_to_no_end(ended, at):
         here = Minimum(jnp.zeros(2) + 0.1 * number, value, (), jnp.int32(4), status)
         return jax.tree.map(lambda leaf: jnp.where(enabled, leaf, 99), here)
 
-    found = in_two_stages(lane, minima(jnp.full((3, 2), jnp.nan), jnp.full(3, jnp.inf)), 1)
+    found, _ = in_stages(lane, minima(jnp.full((3, 2), jnp.nan), jnp.full(3, jnp.inf)), 1)
     np.testing.assert_allclose(found.value, [10.0, at, 12.0])
     assert found.steps.tolist() == [8, 8, 8]
 
@@ -180,7 +280,7 @@ def test_halves_of_the_lanes_find_what_all_do(lanes):
     """Every lane ends where it does in one search, the better optimum is the solution's, and the
     other one is told."""
     target, fewer, key = modes([0.0, 1.0]), modes([0.0, -40.0]), jax.random.key(3)
-    expected = vi.solvers.deterministic(target, key, lanes=lanes)
+    expected = vi.solvers.deterministic(target, key, lanes=lanes, num_draws=default_draws(2))
     found = optima(target, key, target.data, {}, lanes)
     assert found[0].info.lane_elbos.shape == (lanes,)
     np.testing.assert_allclose(found[0].info.lane_elbos, expected.info.lane_elbos, atol=0.05)

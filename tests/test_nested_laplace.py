@@ -12,8 +12,8 @@ import vi_params as vi
 from vi_params._compile import compiler
 from vi_params.approximation.candidate import best_of, judge_of, with_wide_tails
 from vi_params.approximation.candidate import judged as candidate_of
+from vi_params.approximation.nested import WELL, nested, settles
 from vi_params.approximation.nested import _nodes as moved_nodes
-from vi_params.approximation.nested import nested, settles
 from vi_params.approximation.proposals import log_density_of
 from vi_params.approximation.structure import LARGEST, has_structure, structure_of
 from vi_params.guides.frame import CLIPPED, Coupled, Frame, spline_terms
@@ -417,7 +417,8 @@ def test_approximate_compiles_nothing_twice(compilations):
 
 
 def test_nodes_move_to_where_the_draws_are(monkeypatch):
-    """From a Gaussian elsewhere, which nodes that stay would not do."""
+    """From a Gaussian elsewhere, which nodes that stay would not do: on average over keys, since
+    after so few rounds shares differ by chance."""
     start = gaussian_of(CURVED)
     own = start.params["guide"]
     params = {"guide": {**own, "loc": own["loc"] + 1.0}}
@@ -425,12 +426,17 @@ def test_nodes_move_to_where_the_draws_are(monkeypatch):
     response = candidate_of("shifted", wide, judge_of(CURVED, wide, None), iter([KEY] * 9))
     monkeypatch.setattr("vi_params.approximation.polish.ROUNDS", 3)
     structure = structure_of(CURVED, response.solution, None)
-    with compiler() as pool:
-        (found,) = nested(pool, CURVED, response, structure, [], KEY, None)
-        monkeypatch.setattr("vi_params.approximation.nested.WELL", -1.0)
-        (stayed,) = nested(pool, CURVED, response, structure, [], KEY, None)
-    assert found.share > 0.6
-    assert found.share > stayed.share + 0.05
+    shares = {}
+    for well in (WELL, -1.0):  # of the draws that nodes move to
+        monkeypatch.setattr("vi_params.approximation.nested.WELL", well)
+        with compiler() as pool:
+            found = [
+                nested(pool, CURVED, response, structure, [], jax.random.key(seed), None)[0].share
+                for seed in range(6)
+            ]
+        shares[well] = np.mean(found)
+    assert shares[WELL] > 0.45
+    assert shares[WELL] > shares[-1.0] + 0.1
 
 
 def test_half_of_the_nodes_are_draws():

@@ -110,6 +110,24 @@ def test_orthogonal_rows_are_orthogonal_with_few_draws():
     np.testing.assert_allclose(gram, np.broadcast_to(6.0 * np.eye(2), (5, 2, 2)), atol=1e-4)
 
 
+@pytest.mark.parametrize(("num_particles", "dim"), [(16, 3), (6, 3), (4, 6)])
+def test_orthogonal_rows_can_have_the_lengths_of_normal_vectors(num_particles, dim):
+    """Every draw is then standard normal: squared lengths are chi-square, fourth moments 3; within
+    a half of no more draws than axes they stay orthogonal."""
+    scheme = vi.noise.orthogonal(normal_lengths=True)
+    keys = jax.random.split(jax.random.key(5), 4000)
+    e = np.asarray(jax.vmap(lambda key: scheme.draw(key, num_particles, dim))(keys))
+    half = num_particles // 2
+    np.testing.assert_array_equal(e[:, half:], -e[:, :half])
+    lengths = (e[:, 0] ** 2).sum(-1)
+    assert scipy.stats.kstest(lengths, scipy.stats.chi2(dim).cdf).pvalue > 1e-3
+    np.testing.assert_allclose((e[:, 0] ** 4).mean(), 3.0, rtol=0.1)
+    if half <= dim:
+        gram = np.einsum("kmi,kni->kmn", e[:, :half], e[:, :half])
+        off = gram - np.einsum("kmm->km", gram)[:, :, None] * np.eye(half)
+        np.testing.assert_allclose(off, 0.0, atol=1e-4)
+
+
 def test_orthogonal_frames_are_uniform():
     """The frame has no preferred orientation: each entry of Q has mean 0 and second moment 1/h."""
     q = draws("orthogonal", 4000, 6, 3)[:, :3] / np.sqrt(3)

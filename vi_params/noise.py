@@ -86,14 +86,19 @@ def moment_matched() -> Noise:
     return Noise("moment_matched", draw)
 
 
-def orthogonal() -> Noise:
+def orthogonal(*, normal_lengths: bool = False) -> Noise:
     """Antithetic pairs from a random orthogonal frame.
 
     With num_particles >= 2 dim, the draws' mean is zero and their covariance the identity, both
     exactly: {E, -E} with E = sqrt(h) Q, Q the thin QR factor of an h x dim normal matrix,
     h = num_particles / 2. With fewer, the rows are orthogonal directions of length sqrt(dim), and
     the moments are exact in expectation. The direction of a row is uniform; its length is not that
-    of a normal vector.
+    of a normal vector: averages of many such frames keep an error in fourth moments.
+
+    Args:
+        normal_lengths: whether rows have the lengths of independent normal vectors. Every draw is
+            then standard normal, and the covariance is exact in expectation only (Yu, Suresh,
+            Choromanski, Holtmann-Rice and Kumar, 2016, Orthogonal random features, section 3).
 
     Example:
         >>> e = vi.noise.orthogonal().draw(jax.random.key(0), 6, 3)
@@ -105,6 +110,9 @@ def orthogonal() -> Noise:
         h = _half(num_particles, "orthogonal")
         normal = _normal(key, h, dim)
         frame = jnp.sqrt(h) * _haar(normal) if h >= dim else jnp.sqrt(dim) * _haar(normal.T).T
+        if normal_lengths:
+            other = _normal(jax.random.fold_in(key, 1), h, dim)
+            frame *= _lengths(other) / _lengths(frame)
         return jnp.concatenate([frame, -frame])
 
     return Noise("orthogonal", draw)
@@ -154,6 +162,11 @@ def _normal(key: jax.Array, num: int, dim: int) -> jax.Array:
     """Standard normal draws of shape (num, dim): the first of whole rows, whatever the shape."""
     size = num * dim
     return jax.random.normal(key, (whole_rows(size),))[:size].reshape(num, dim)
+
+
+def _lengths(rows: jax.Array) -> jax.Array:
+    """Of vectors, shape (n, 1)."""
+    return jnp.linalg.norm(rows, axis=1, keepdims=True)
 
 
 def _haar(normal: jax.Array) -> jax.Array:

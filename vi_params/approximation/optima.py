@@ -8,10 +8,10 @@ import numpy as np
 from vi_params._compile import Quick
 from vi_params._over import num_parts
 from vi_params.guide import Guide
-from vi_params.solvers.deterministic import prepared
+from vi_params.solvers.deterministic import default_draws, prepared
 from vi_params.solvers.optima import apart
 from vi_params.solvers.solution import ENDED, Solution
-from vi_params.target import Target
+from vi_params.target import Target, flat
 
 TOLERANCE = 0.01
 """How many nats a Newton step may still promise at the end: the error of fixed draws, and what
@@ -38,8 +38,9 @@ def optima(target: Target, key: jax.Array, data: Any, fixed: Any, lanes: int) ->
 
 
 def solver(target: Target, fixed: Any, lanes: int) -> tuple[Guide, Quick]:
-    """As `prepared` gives it."""
-    return prepared(target, lanes=lanes, tolerance=TOLERANCE, fixed=tuple(sorted(fixed)))
+    """As `prepared` gives it, at the default number of draws and no more: weights correct it."""
+    num_draws = default_draws(flat(target).dim)
+    return prepared(target, num_draws, lanes=lanes, tolerance=TOLERANCE, fixed=tuple(sorted(fixed)))
 
 
 def lane_parts(lanes: int) -> np.ndarray:

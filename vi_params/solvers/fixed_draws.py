@@ -10,8 +10,8 @@ of l at the draws, g_i and H_i, by the chain rule through A_i = d(z_i, theta)/dx
     grad F = -1/M sum_i A_i' g_i - (0, 1, 0)
     hess F = -1/M sum_i [A_i' H_i A_i + diag(0, exp(w) e_i g_i, 0)].
 
-A search can begin at few draws and go on at all of them (`lanes`): by one program, since the draws
-are taken in blocks of so many.
+A search can begin at few draws, go on at all of them and end at more (`lanes`): by one program,
+since the draws are taken in blocks of so many.
 """
 
 from collections.abc import Callable
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from vi_params._over import divisor, over
@@ -40,6 +41,9 @@ are at most: what a model makes of its latents may be larger than they and the d
 
 FEW = 4
 """At how many draws a search begins."""
+
+FRESH, MANY = np.int32(-2), np.int32(-3)
+"""The stages at as many draws as the last one, but others, and at all of these and all others."""
 
 LogDensity = Callable[[jax.Array, jax.Array], jax.Array]
 """`(u, theta) -> scalar`: over unconstrained latents and model parameters, both vectors."""
@@ -67,6 +71,7 @@ def fixed_draws(
     size: int,
     num_model: int,
     few: jax.Array | None = None,
+    fresh: jax.Array | None = None,
 ) -> Smooth:
     """F as a function to be minimised; its curvature is `Response`-like where that is small.
 
@@ -78,13 +83,15 @@ def fixed_draws(
         few: draws of first stages, by which the search of each of several lanes begins, shape
             (lanes, num_few, dim), pairs whose number divides that of all draws. Stage i is F at
             few[i], the last stage F at all draws: one program for all.
+        fresh: with `few`, more draws of later stages, shape (sets, num_draws, dim): `FRESH` is F at
+            the first set of them, `MANY` F at all sets and `draws`.
     """
     num_draws, dim = draws.shape
-    expand = expansion(log_density, draws, size, num_model, few)
+    expand = expansion(log_density, draws, size, num_model, few, fresh)
     if dim + num_model <= DENSE and exists(expand, draws, num_model):
         return Smooth(expand, lambda curvature, v: curvature.hessian @ v)
     if few is not None:
-        return _matrix_free(log_density, draws, few, size)
+        return _matrix_free(log_density, draws, size, few, fresh)
     plain = loss(log_density, draws, divisor(num_draws, BLOCK // size))
     return matrix_free(plain, lambda x: units(x, dim))
 
@@ -95,6 +102,7 @@ def expansion(
     size: int,
     num_model: int,
     few: jax.Array | None = None,
+    fresh: jax.Array | None = None,
 ) -> Callable[..., tuple[jax.Array, jax.Array, Response]]:
     """`(x, stage) -> (F, its gradient, its Response)`; arguments as for `fixed_draws`."""
     num_draws, dim = draws.shape
@@ -118,31 +126,30 @@ def expansion(
             hessian = over(lambda v: tangent(v)[1], jnp.eye(width, dtype=y.dtype), columns)
             return value, slope, hessian
 
-        def add(sums: tuple[jax.Array, ...], e: jax.Array) -> tuple[tuple, tuple]:
-            """Of Hessians only sums are kept: H, H S and S H S + diag(S g), with S = dz/dw on the
-            z part; of every draw the value and the gradient in (m, w, theta)."""
+        def add(sums: tuple[jax.Array, ...], e: jax.Array) -> tuple[tuple, jax.Array]:
+            """Of values and Hessians only sums are kept: H, H S and S H S + diag(S g), with
+            S = dz/dw on the z part; of every draw the gradient in (m, w, theta)."""
             values, slopes, hessians = over(one, e, at_once)
             spread = jnp.exp(w) * e
             right = hessians[:, :, :dim] * spread[:, None]
             both = jnp.sum(right[:, :dim] * spread[:, :, None], 0)
             both += jnp.diag(jnp.sum(spread * slopes[:, :dim], 0))
-            parts = hessians.sum(0), right.sum(0), both
+            parts = values.sum(), hessians.sum(0), right.sum(0), both
             z, rest = slopes[:, :dim], slopes[:, dim:]
             lifted = jnp.concatenate([z, z * spread, rest], axis=1)
-            return tuple(map(jnp.add, sums, parts)), (values, lifted)
+            return tuple(map(jnp.add, sums, parts)), lifted
 
-        shapes = (width, width), (width, dim), (dim, dim)
+        shapes = (), (width, width), (width, dim), (dim, dim)
         blank = tuple(jnp.zeros(shape, jnp.result_type(x, draws)) for shape in shapes)
         if few is None:
-            count = num_draws
-            sums, found = lax.scan(add, blank, draws.reshape(-1, at_once, dim))
-            values, lifted = (leaf.reshape(count, *leaf.shape[2:]) for leaf in found)
+            count, sets = num_draws, 1
+            sums, lifted = lax.scan(add, blank, draws.reshape(-1, at_once, dim))
+            lifted = totals = lifted.reshape(count, x.size)
         else:
-            # Their shapes are known: looking them up would trace the density once more.
-            blocks = Blocks(draws, few, stage)
-            count = blocks.number * blocks.size
-            sums, (values, lifted) = blocks.stacked(add, blank, ((), x.shape))
-        plain, right, both = (leaf / count for leaf in sums)
+            blocks = Blocks(draws, few, fresh, stage)
+            count, sets = blocks.number * blocks.size, blocks.sets
+            sums, lifted, totals = blocks.stacked(add, blank, x.size)
+        value, plain, right, both = (leaf / count for leaf in sums)
         hessian = jnp.block(
             [
                 [plain[:dim, :dim], right[:dim], plain[:dim, dim:]],
@@ -151,9 +158,10 @@ def expansion(
             ]
         )
         entropy = jnp.zeros_like(x).at[dim : 2 * dim].set(1.0)
-        pairs = lifted.reshape(2, -1, x.size).mean(0) - entropy
+        # Of pair i the mean over the sets of draws: their scatter tells the error of all.
+        pairs = totals.reshape(2, -1, x.size).mean(0) / sets - entropy
         curvature = Response(hessian, pairs, -lifted[:, :dim])
-        return values.sum() / count - jnp.sum(w), lifted.sum(0) / count - entropy, curvature
+        return value - jnp.sum(w), totals.sum(0) / count - entropy, curvature
 
     return expand
 
@@ -170,20 +178,25 @@ def exists(expand: Callable[..., Any], draws: jax.Array, num_model: int) -> bool
 
 
 class Blocks:
-    """The draws of a stage in blocks: of the last stage all draws, in blocks of as many as the few,
-    one of every pair from either half; of another stage its few draws."""
+    """The draws of a stage in blocks of as many as the few, one of every pair from either half of
+    its set: of the last stage all draws, of another one its few draws, the first fresh set, or all
+    sets, all draws the last of them."""
 
-    def __init__(self, draws: jax.Array, few: jax.Array, stage: Any) -> None:
+    def __init__(self, draws: jax.Array, few: jax.Array, fresh: Any, stage: Any) -> None:
         """Arguments as for `fixed_draws`."""
-        self.draws, self.few, self.stage = draws, few, stage
+        self.all = draws[None] if fresh is None else jnp.concatenate([fresh, draws[None]])
+        self.few, self.stage = few, stage
         self.size, self.half = few.shape[1], few.shape[1] // 2
         self.most = len(draws) // self.size
-        self.number = jnp.where(stage == LAST, self.most, 1)
+        self.sets = jnp.where(stage == MANY, len(self.all), 1)
+        self.number = jnp.where(stage >= 0, 1, self.sets * self.most)
 
     def block(self, i: jax.Array) -> jax.Array:
         """Block i, shape (size, dim)."""
-        halves = self.draws.reshape(2, self.most, self.half, -1)[:, i]
-        return jnp.where(self.stage == LAST, halves.reshape(self.size, -1), self.few[self.stage])
+        first = jnp.where(self.stage == LAST, len(self.all) - 1, 0)
+        blocks = self.all.reshape(len(self.all), 2, self.most, self.half, -1)
+        halves = blocks[first + i // self.most, :, i % self.most]
+        return jnp.where(self.stage >= 0, self.few[self.stage], halves.reshape(self.size, -1))
 
     def summed(self, f: Callable[[jax.Array], tuple], blank: tuple) -> tuple:
         """The sum of f over the blocks, from `blank` on."""
@@ -194,28 +207,29 @@ class Blocks:
         return lax.fori_loop(0, self.number, add, blank)
 
     def stacked(
-        self, f: Callable[..., tuple], carry: Any, shapes: tuple[tuple[int, ...], ...]
-    ) -> tuple[Any, tuple[jax.Array, ...]]:
-        """What `lax.scan(f, carry, blocks)` gives: the carry, and arrays with a row of these shapes
-        for every draw, in the order of all draws; zeros where a stage has fewer."""
+        self, f: Callable[..., tuple], carry: Any, width: int
+    ) -> tuple[Any, jax.Array, jax.Array]:
+        """What `lax.scan(f, carry, blocks)` gives: the carry, and f's rows of so many numbers for
+        every draw of the last set, in the order of all draws, and their sums over the sets; zeros
+        where a stage has fewer."""
 
         def put(i: jax.Array, found: tuple) -> tuple:
-            carry, rows = f(found[0], self.block(i))
-            kept = zip(found[1], rows, strict=True)
-            return carry, tuple(
-                lax.dynamic_update_index_in_dim(old, now, i, 0) for old, now in kept
-            )
+            carry, last, totals = found
+            carry, rows = f(carry, self.block(i))
+            at = i % self.most
+            return carry, last.at[at].set(rows), totals.at[at].add(rows)
 
-        dtype = self.draws.dtype
-        blank = tuple(jnp.zeros((self.most, self.size, *shape), dtype) for shape in shapes)
-        carry, found = lax.fori_loop(0, self.number, put, (carry, blank))
-        return carry, tuple(
-            leaf.reshape(-1, 2, self.half, *shape).swapaxes(0, 1).reshape(-1, *shape)
-            for leaf, shape in zip(found, shapes, strict=True)
-        )
+        def in_order(rows: jax.Array) -> jax.Array:
+            return rows.reshape(-1, 2, self.half, width).swapaxes(0, 1).reshape(-1, width)
+
+        blank = jnp.zeros((self.most, self.size, width), self.all.dtype)
+        carry, last, totals = lax.fori_loop(0, self.number, put, (carry, blank, blank))
+        return carry, in_order(last), in_order(totals)
 
 
-def _matrix_free(log_density: LogDensity, draws: jax.Array, few: jax.Array, size: int) -> Smooth:
+def _matrix_free(
+    log_density: LogDensity, draws: jax.Array, size: int, few: jax.Array, fresh: Any
+) -> Smooth:
     """F in stages without a Hessian: sums over the blocks that count, and products by
     differentiating these."""
     _, num_few, dim = few.shape
@@ -231,7 +245,7 @@ def _matrix_free(log_density: LogDensity, draws: jax.Array, few: jax.Array, size
             found = over(lambda e: jax.value_and_grad(share)(x, e), e, at_once)
             return jax.tree.map(lambda leaf: leaf.sum(0), found)
 
-        blocks = Blocks(draws, few, stage)
+        blocks = Blocks(draws, few, fresh, stage)
         sums = blocks.summed(total, (jnp.zeros((), x.dtype), jnp.zeros_like(x)))
         return jax.tree.map(lambda leaf: leaf / (blocks.number * num_few), sums)
 

@@ -17,16 +17,28 @@ from jax import lax
 from vi_params._over import lanes_at_once, lanes_in_turn, over_lanes
 from vi_params._tree import all_finite, where_tree
 from vi_params.noise import moment_matched
-from vi_params.solvers.fixed_draws import FEW, LogDensity, fixed_draws
+from vi_params.solvers.fixed_draws import FEW, FRESH, MANY, LogDensity, fixed_draws
 from vi_params.solvers.layout import Layout
 from vi_params.solvers.optima import FAR
-from vi_params.solvers.solution import ENDED
+from vi_params.solvers.solution import ENDED, SolverStatus
 from vi_params.solvers.start import lane_radii
-from vi_params.solvers.trust_region import LAST, Minimum, minimise, not_begun
+from vi_params.solvers.trust_region import (
+    LARGEST,
+    LAST,
+    RADIUS,
+    Minimum,
+    minimise,
+    not_begun,
+)
 
 ROUGH = 0.1
 """How many nats a Newton step may still promise at the end of the first stage: the optima of few
 draws are further from that of all."""
+
+SHORT = 0.05
+"""How many nats an ELBO may be short of the best one since its draws are few. A Newton step at as
+many others promises twice that: half of it since the optimum is that of the first ones, and half
+since it would be that of the others."""
 
 SAME_MODEL = 0.1
 """How far apart the target's own parameters may be at the same optimum; they have no scale."""
@@ -43,8 +55,9 @@ def search(
     tolerance: float,
     max_steps: int,
     start: Any = None,
-) -> Minimum:
-    """Where the lanes end, with leading axis (lanes,).
+    fresh: jax.Array | None = None,
+) -> tuple[Minimum, jax.Array]:
+    """Where the lanes end, with leading axis (lanes,), and which is the best one.
 
     Args:
         layout: of the parameters.
@@ -56,6 +69,9 @@ def search(
         tolerance: as `minimise` takes it.
         max_steps: as `minimise` takes it, in either stage.
         start: parameters at which the first lane starts, at all draws at once.
+        fresh: more draws, shape (sets, num_draws, dim), at which the best lane of an optimum goes
+            on where a Newton step at the first set promises more than twice `SHORT`; where lanes
+            are searched in stages.
     """
     (lanes,) = numbers.shape
     num_draws, dim = draws.shape
@@ -65,7 +81,8 @@ def search(
     few = None
     if staged:
         few = jax.vmap(lambda key: moment_matched().draw(key, FEW, dim))(keys[:, 1])
-    f = fixed_draws(log_density, draws, lanes_at_once(lanes) * size, layout.num_model, few)
+    fresh = fresh if staged else None
+    f = fixed_draws(log_density, draws, lanes_at_once(lanes) * size, layout.num_model, few, fresh)
 
     def lane(i: jax.Array, stage: Any, x: jax.Array, enabled: Any) -> Minimum:
         starts = layout.starts(keys[i, 0], radii[i])
@@ -76,8 +93,12 @@ def search(
             f,
             starts.at[:2].set(known),
             layout.units,
-            tolerance=jnp.where(stage == LAST, tolerance, max(tolerance, ROUGH)),
-            max_steps=max_steps,
+            tolerance=jnp.select(
+                [stage >= 0, stage == FRESH], [max(tolerance, ROUGH), 2 * SHORT], tolerance
+            ),
+            max_steps=jnp.where(stage == FRESH, 1, max_steps),
+            # What a whole Newton step promises is asked there.
+            radius=jnp.where(stage == FRESH, LARGEST, RADIUS),
             stage=stage,
             enabled=enabled,
         )
@@ -88,19 +109,25 @@ def search(
         x, value = begun.x.at[0].set(layout.vector(start)), begun.value.at[0].set(-jnp.inf)
         begun = begun._replace(x=x, value=value)
     if staged:
-        return in_two_stages(lane, begun, dim, num_ready=int(start is not None))
-    return over_lanes(lambda at: lane(at[0], LAST, at[1], True), (jnp.arange(lanes), begun.x))
+        ready = int(start is not None)
+        return in_stages(lane, begun, dim, num_ready=ready, goes_on=fresh is not None)
+    found = over_lanes(lambda at: lane(at[0], LAST, at[1], True), (jnp.arange(lanes), begun.x))
+    return found, jnp.argmin(found.value)
 
 
-def in_two_stages(
+def in_stages(
     lane: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], Minimum],
     begun: Minimum,
     dim: int,
     *,
     num_ready: int = 0,
-) -> Minimum:
+    goes_on: bool = False,
+) -> tuple[Minimum, jax.Array]:
     """Where the lanes ended; those of one optimum have the results of the best of them, which alone
-    went on, unless it came to no end.
+    went on, unless it came to no end. And which is the best one, by values at the same draws.
+
+    After the two stages, `goes_on`, it takes one step at fresh draws, and where that does not
+    converge, goes on at many from where it was.
 
     Args:
         lane: `(number, stage, x, enabled) -> Minimum`, from x, or from the lane's own starts where
@@ -108,32 +135,49 @@ def in_two_stages(
         begun: one for every lane, x NaN but for those of the ready ones.
         dim: x is (m, w, theta), so many locations, as many log scales.
         num_ready: how many lanes, the first ones, skip the first stage; their values are -inf.
+        goes_on: whether there are stages after these two.
     """
     lanes = len(begun.value)
     firsts = lanes - num_ready
     numbers = jnp.arange(lanes, dtype=jnp.int32)
 
-    def task(carry: tuple[Minimum, Any], number: jax.Array) -> tuple[tuple, None]:
-        found, plan = carry
+    def task(carry: tuple, number: jax.Array) -> tuple[tuple, None]:
+        found, values, plan, short = carry
         plan = lax.cond(number == firsts, lambda: planned(found, dim), lambda: plan)
         order, leaders = plan
-        is_first = number < firsts
-        i = jnp.where(is_first, num_ready + number, order[number - firsts])
+        turn, place = (number - firsts) // lanes, (number - firsts) % lanes
+        is_first, is_second, is_check = turn < 0, turn == 0, turn == 1
+        i = jnp.where(is_first, num_ready + number, order[place])
+        stage = jnp.select([is_first, is_second, is_check], [i, LAST, FRESH], MANY)
         mine = jax.tree.map(lambda leaf: leaf[i], found)
         leader = leaders[i]
-        ended = jnp.isin(found.status[leader], jnp.array(ENDED))
+        ended = has_ended(found.status[leader])
         alone = (leader == i) | ~ended
-        enabled = is_first | (alone & (leader >= 0))
-        new = lane(i, jnp.where(is_first, i, LAST), mine.x, enabled)
-        now = where_tree(enabled, new._replace(steps=mine.steps + new.steps), mine)
+        enabled = jnp.select(
+            [is_first, is_second, is_check],
+            [True, alone & (leader >= 0), ended & (leader == i)],
+            short[i],
+        )
+        new = lane(i, stage, mine.x, enabled)
+        taken = enabled & (is_first | is_second | (~is_check & has_ended(new.status)))
+        now = where_tree(taken, new._replace(steps=mine.steps + new.steps), mine)
         found = jax.tree.map(lambda old, leaf: old.at[i].set(leaf), found, now)
+        values = values.at[i].set(jnp.where(is_first | is_second, now.value, values[i]))
         leaders = leaders.at[i].set(jnp.where(enabled & ~is_first, i, leader))
-        return (found, (order, leaders)), None
+        is_short = enabled & is_check & (new.status != SolverStatus.CONVERGED)
+        return (found, values, (order, leaders), short.at[i].set(short[i] | is_short)), None
 
-    start = begun, (numbers, jnp.full_like(numbers, -1))
-    (found, (_, leaders)), _ = lax.scan(task, start, jnp.arange(firsts + lanes, dtype=jnp.int32))
+    plan = numbers, jnp.full_like(numbers, -1)
+    start = begun, begun.value, plan, jnp.zeros(lanes, bool)
+    tasks = jnp.arange(firsts + (3 if goes_on else 1) * lanes, dtype=jnp.int32)
+    (found, values, (_, leaders), _), _ = lax.scan(task, start, tasks)
     source = jnp.where(leaders < 0, numbers, leaders)
-    return jax.tree.map(lambda leaf: leaf[source], found)
+    return jax.tree.map(lambda leaf: leaf[source], found), jnp.argmin(values[source])
+
+
+def has_ended(status: jax.Array) -> jax.Array:
+    """Whether a search came to an end."""
+    return jnp.isin(status, jnp.array(ENDED))
 
 
 def planned(found: Minimum, dim: int) -> tuple[jax.Array, jax.Array]:

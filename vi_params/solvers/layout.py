@@ -86,10 +86,10 @@ class Layout:
         """About how many numbers one evaluation of the log density handles."""
         return self.dim + self.num_model + sum(leaf.size for leaf in jax.tree.leaves(data))
 
-    def result(self, found: Minimum, draws: jax.Array, fixed: Any) -> tuple:
-        """The fields of a `Solution` after its guide, of the minima of all lanes."""
+    def result(self, found: Minimum, best: jax.Array, draws: jax.Array, fixed: Any) -> tuple:
+        """The fields of a `Solution` after its guide, of the minima of all lanes and the number of
+        the best one."""
         entropy = 0.5 * self.dim * (1 + math.log(2 * math.pi))
-        best = jnp.argmin(found.value)
         at_best = jax.tree.map(lambda leaf: leaf[best], found)
         info = SolverInfo(
             status=at_best.status,

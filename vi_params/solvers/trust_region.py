@@ -108,9 +108,10 @@ def minimise(
     scale: Callable[[jax.Array], jax.Array],
     *,
     tolerance: Any,
-    max_steps: int,
+    max_steps: Any,
     stage: Any = LAST,
     enabled: jax.Array | bool = True,
+    radius: Any = RADIUS,
 ) -> Minimum:
     """A local minimum of f.
 
@@ -122,9 +123,10 @@ def minimise(
         scale: x -> the diagonal of D, shape (n,).
         tolerance: stop after a full Newton step that promised to lower f by less than this, and
             did, or changed f by less than this.
-        max_steps: how many steps are tried at most.
+        max_steps: how many steps are tried at most; it may be traced.
         stage: of f.
         enabled: whether to look for one at all; it may be traced.
+        radius: the first one of the trust region.
     """
     num_starts, size = starts.shape
     smallest = jnp.finfo(starts.dtype).eps
@@ -154,10 +156,10 @@ def minimise(
             state.radius,
         )
         shrunk = 0.25 * jnp.minimum(length, state.radius)
-        radius = jnp.where(accepted & (ratio > 0.25), grown, shrunk)
+        next_radius = jnp.where(accepted & (ratio > 0.25), grown, shrunk)
         return _State(
             *where_tree(accepted, (x, value, grad, curvature), (state.x, *state[1:4])),
-            radius=jnp.where(began, radius, RADIUS),
+            radius=jnp.where(began, next_radius, radius),
             tries=state.tries + ~began,
             steps=state.steps + began,
             done=began & ended & ~model.at_boundary & (model.decrease < tolerance),
@@ -174,7 +176,7 @@ def minimise(
         blank.value,
         jnp.zeros(size, starts.dtype),
         blank.curvature,
-        radius=jnp.full((), RADIUS, starts.dtype),
+        radius=jnp.asarray(radius, starts.dtype),
         tries=jnp.int32(0),
         steps=blank.steps,
         done=jnp.bool_(False),
