@@ -81,8 +81,8 @@ def deterministic(
         fixed: those of the target's own parameters that stay as they are, unconstrained, by name.
         tolerance: stop after a Newton step promising less than this, in nats; by default 1e-6 in
             float64 and 1e-5 in float32. At few draws lanes stop at 0.1.
-        max_steps: how many steps a lane tries at most, in each of two stages; `info.steps` has
-            those of both.
+        max_steps: how many steps a lane tries at most, in each of its stages; `info.steps` has
+            those of all.
         name: the name of the family's parameters.
 
     Returns:

@@ -1,9 +1,12 @@
-"""A search for mean-field optima from several starts: at few draws, then the distinct ones at all.
+"""A search for mean-field optima from several starts: at few draws, then the distinct ones at all,
+and where these are too few for the ELBO, at many.
 
 A lane at few draws costs little, and it strays less: the average over many draws about a start that
 is far off has optima of its own, at large scales. The lanes are searched one after the other, as it
-is best on a CPU, by one program for both stages; lanes that the first stage led to the same optimum
-take no step in the second one but for the best of them. An accelerator evaluates all draws of all
+is best on a CPU, by one program for all stages; lanes that the first stage led to the same optimum
+take no step in the second one but for the best of them. The optimum at fixed draws is short of the
+ELBO's by as much again as its value there is too high; one Newton step at fresh draws promises both
+together, and says whether to go on. An accelerator evaluates all draws of all
 lanes in the time of few: there is one stage there.
 """
 
