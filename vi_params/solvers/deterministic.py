@@ -72,7 +72,8 @@ def deterministic(
         num_draws: how many draws, an even number; by default twice the dimension, at least 32 and
             a multiple of 4 (32 above dimension 256), and on a CPU sixteen times as many where the
             ELBO at the optimum of these is more than 0.05 nats short of the best one, as a Newton
-            step at others tells. `solution.noise` are the first of them.
+            step at others tells. `solution.noise` are the first of them; in many dimensions linear
+            response is computed from these, and the sampling error that it tells is theirs.
         noise: their scheme; `vi.noise.orthogonal()`, or `moment_matched()` above dimension 256.
         lanes: from how many starts, the first the family's own, the next three drawn in towards
             zero, in unconstrained coordinates.
