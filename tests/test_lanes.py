@@ -18,6 +18,12 @@ from vi_params.solvers.trust_region import LAST, Minimum
 KEY = jax.random.key(0)
 
 
+def covariance_of(solution):
+    """Of a solution with a dense root."""
+    root = vi.constrain(solution.guide.declared, solution.params)["guide"]["scale_tril"]
+    return np.asarray(root @ root.T)
+
+
 def modes(heights):
     """Two normals in the plane, far apart."""
 
@@ -111,6 +117,10 @@ def sum_of_lognormals(number=40):
     return vi.target(log_density, {"z": vi.Latent((number,))}), elbo
 
 
+ON_CPU = pytest.mark.skipif(not lanes_in_turn(), reason="accelerators have one stage")
+
+
+@ON_CPU
 def test_the_elbo_is_not_short_of_the_best_one():
     """By draws that are too few it is: fresh ones tell, and it goes on at many."""
     target, elbo = sum_of_lognormals()
@@ -127,6 +137,7 @@ def test_the_elbo_is_not_short_of_the_best_one():
             found = solution.params["guide"]
             assert solution.info.status == SolverStatus.CONVERGED
             assert len(solution.noise) == 80
+            assert solution.info.details == (80 if num_draws else 1280)
             assert bounds[0] - 1e-3 < best - elbo(found["loc"], found["scale"]) < bounds[1]
 
 
@@ -141,10 +152,33 @@ def test_where_draws_are_enough_it_stays(dim):
     found, expected = (
         vi.solvers.deterministic(target, KEY, num_draws=n, lanes=1) for n in (None, number)
     )
-    assert found.info.steps == expected.info.steps
+    assert found.info.steps == expected.info.steps + lanes_in_turn()  # the one that tells
+    assert found.info.details == number
     np.testing.assert_array_equal(found.params["guide"]["loc"], expected.params["guide"]["loc"])
 
 
+@ON_CPU
+def test_what_follows_a_solution_at_many_draws():
+    """Covariances are those of an optimum, though the first draws have another one; `refine` begins
+    from as many draws as there are."""
+    target, _ = sum_of_lognormals()
+    solution = vi.solvers.deterministic(target, KEY)
+    assert solution.info.details == 1280
+    expected = vi.linear_response(
+        target, vi.solvers.deterministic(target, KEY, num_draws=1280, lanes=1)
+    )
+    units = np.sqrt(np.diagonal(covariance_of(expected)))
+    for options in ({}, {"rank": 40}):
+        found = vi.linear_response(target, solution, **options)
+        assert found.info.status == SolverStatus.CONVERGED
+        if not options:
+            sds = np.sqrt(np.diagonal(covariance_of(found)))
+            np.testing.assert_allclose(sds / units, 1.0, atol=0.25)
+    finer = vi.solvers.refine(target, KEY, init=solution, tolerable=0.01, doublings=1)
+    assert finer.info.details == 2560
+
+
+@ON_CPU
 def test_the_error_of_many_draws_is_smaller():
     """What linear response estimates is that of all draws."""
     target, _ = sum_of_lognormals(20)
@@ -255,9 +289,32 @@ def test_lanes_go_on_themselves_where_the_best_one_came_to_no_end(ended, at):
         here = Minimum(jnp.zeros(2) + 0.1 * number, value, (), jnp.int32(4), status)
         return jax.tree.map(lambda leaf: jnp.where(enabled, leaf, 99), here)
 
-    found, _ = in_stages(lane, minima(jnp.full((3, 2), jnp.nan), jnp.full(3, jnp.inf)), 1)
+    found, *_ = in_stages(lane, minima(jnp.full((3, 2), jnp.nan), jnp.full(3, jnp.inf)), 1)
     np.testing.assert_allclose(found.value, [10.0, at, 12.0])
     assert found.steps.tolist() == [8, 8, 8]
+
+
+def test_what_is_short_goes_on_and_is_told():
+    """Of two optima one is short: it ends at many draws, its status told; lanes are compared where
+    they were at the same draws."""
+
+    def lane(number, stage, x, enabled):
+        is_short = number == 0
+        value = jnp.select([stage == LAST, stage == MANY], [10.0 + number, 50.0], 1.0 + number)
+        fails = is_short & ((stage == FRESH) | (stage == MANY))
+        status = jnp.where(fails, SolverStatus.MAX_STEPS, SolverStatus.CONVERGED)
+        at = jnp.where(stage == FRESH, 99.0, 20.0 * number)
+        here = Minimum(jnp.stack([at, 0.0 * at]), value, (), jnp.int32(3), status.astype("int32"))
+        return jax.tree.map(lambda leaf: jnp.where(enabled, leaf, 99), here)
+
+    begun = minima(jnp.full((2, 2), jnp.nan), jnp.full(2, jnp.inf))
+    found, best, many = in_stages(lane, begun, 1, goes_on=True)
+    np.testing.assert_allclose(found.value, [50.0, 11.0])
+    np.testing.assert_allclose(found.x[:, 0], [0.0, 20.0])
+    assert found.status.tolist() == [SolverStatus.MAX_STEPS, SolverStatus.CONVERGED]
+    assert found.steps.tolist() == [12, 9]
+    assert int(best) == 0
+    assert bool(many)
 
 
 def test_the_first_stage_is_rough(monkeypatch):

@@ -34,8 +34,9 @@ from vi_params.target import Target, flat, whole
 FEWEST = 32
 """The smallest number of draws chosen by default."""
 
-MORE = 16
-"""How many times as many draws there are where the default number leaves the ELBO short."""
+MORE, AT_ONCE = 16, 2**22
+"""How many times as many draws there are where the default number leaves the ELBO short, and how
+many numbers these are at most."""
 
 FULL_FRAME = 256
 """The largest dimension at which the default draws hold a whole orthogonal frame."""
@@ -70,10 +71,11 @@ def deterministic(
         key: a typed random key: of the draws and of the starts.
         data: the data; the target's own where None.
         num_draws: how many draws, an even number; by default twice the dimension, at least 32 and
-            a multiple of 4 (32 above dimension 256), and on a CPU sixteen times as many where the
-            ELBO at the optimum of these is more than 0.05 nats short of the best one, as a Newton
-            step at others tells. `solution.noise` are the first of them; in many dimensions linear
-            response is computed from these, and the sampling error that it tells is theirs.
+            a multiple of 4 (32 above dimension 256), and on a CPU, in up to 8192 dimensions and
+            with the default noise, sixteen times as many where the ELBO at the optimum of these is
+            more than 0.05 nats short of the best one, as a Newton step at others tells.
+            `info.details` says how many; `solution.noise` are the first of them, and where linear
+            response is computed from these, the sampling error that it tells is theirs.
         noise: their scheme; `vi.noise.orthogonal()`, or `moment_matched()` above dimension 256.
         lanes: from how many starts, the first the family's own, the next three drawn in towards
             zero, in unconstrained coordinates.
@@ -162,9 +164,10 @@ def prepared(
     require_count(max_steps, "max_steps", "solvers.deterministic")
     target = whole(target)
     dim = flat(target).dim
-    goes_on = num_draws is None
+    goes_on = num_draws is None and noise is None
     if num_draws is None:
         num_draws = default_draws(dim)
+        goes_on = goes_on and MORE * num_draws * dim <= AT_ONCE
     require_count(num_draws, "num_draws", "solvers.deterministic")
     if num_draws % 2:
         raise ValueError(
@@ -204,8 +207,9 @@ def _build(
 ) -> tuple[Guide, Quick]:
     guide = mean_field(target, init=init, name=name)
     layout = Layout(target, guide, fixed_names)
-    # Of a few sets exact moments count, of many that every draw is normal.
-    normal = orthogonal(normal_lengths=True) if scheme.name == "orthogonal" else scheme
+    # Of a few sets exact moments count, of many that every draw is normal: in more dimensions
+    # moments count still.
+    normal = orthogonal(normal_lengths=True) if layout.dim <= FULL_FRAME else scheme
 
     @Quick
     def solve(key: jax.Array, data: Any, fixed: Any, start: Any, numbers: jax.Array) -> tuple:
@@ -217,7 +221,7 @@ def _build(
             # Where the first draws leave no error since their moments are exact, this finds none.
             exact = scheme.draw(first, num_draws, layout.dim)
             fresh = jnp.concatenate([exact[None], fresh])
-        found, best = search(
+        found, best, many = search(
             layout,
             layout.log_density(data, fixed),
             layout.size(data),
@@ -229,6 +233,7 @@ def _build(
             start=start,
             fresh=fresh,
         )
-        return layout.result(found, best, draws, fixed)
+        number = jnp.where(many, MORE * num_draws, num_draws).astype(jnp.int32)
+        return layout.result(found, best, draws, number, fixed)
 
     return guide, solve

@@ -67,8 +67,13 @@ def inverse_products(
     at_once = divisor(len(draws), BLOCK // (layout.size(data) * side_by_side))
     slope = jax.grad(loss(density, draws, at_once))
 
+    pairs = draws.reshape(2, -1, dim).swapaxes(0, 1)
+    scores = jax.lax.map(lambda pair: unit * jax.grad(loss(density, pair))(x), pairs)
+    # As for dense covariances: nothing at the optimum of these draws.
+    missing = (-scores.mean(0)).at[:dim].set(0.0)
+
     def product(p: jax.Array) -> jax.Array:
-        return unit * along(slope, x, unit * p, unit)
+        return unit * along(slope, x, unit * p, unit) + missing * p
 
     def solve_one(b: jax.Array) -> tuple[jax.Array, jax.Array]:
         found, _ = cg(product, b, tol=TOLERANCE, maxiter=CG_STEPS)
@@ -79,8 +84,6 @@ def inverse_products(
         found, residuals = jax.vmap(solve_one)(b)
         return found, jnp.max(residuals)
 
-    pairs = draws.reshape(2, -1, dim).swapaxes(0, 1)
-    scores = jax.lax.map(lambda pair: unit * jax.grad(loss(density, pair))(x), pairs)
     return InverseProducts(layout, x, unit, solve, scores - scores.mean(0))
 
 

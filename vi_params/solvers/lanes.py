@@ -59,8 +59,9 @@ def search(
     max_steps: int,
     start: Any = None,
     fresh: jax.Array | None = None,
-) -> tuple[Minimum, jax.Array]:
-    """Where the lanes end, with leading axis (lanes,), and which is the best one.
+) -> tuple[Minimum, jax.Array, jax.Array]:
+    """Where the lanes end, with leading axis (lanes,), which is the best one, and whether that went
+    on at fresh draws.
 
     Args:
         layout: of the parameters.
@@ -72,9 +73,9 @@ def search(
         tolerance: as `minimise` takes it.
         max_steps: as `minimise` takes it, in either stage.
         start: parameters at which the first lane starts, at all draws at once.
-        fresh: more draws, shape (sets, num_draws, dim), at which the best lane of an optimum goes
-            on where a Newton step at the first set promises more than twice `SHORT`; where lanes
-            are searched in stages.
+        fresh: more draws, shape (sets, num_draws, dim), at which a lane that was searched at all
+            draws goes on where a Newton step at the first set promises more than twice `SHORT`;
+            where lanes are searched in stages.
     """
     (lanes,) = numbers.shape
     num_draws, dim = draws.shape
@@ -92,15 +93,18 @@ def search(
         # Few draws can end at scales too large for all of them: next its locations at small scales.
         drawn_in = starts[0].at[:dim].set(x[:dim])
         known = jnp.where(all_finite(x), jnp.stack([x, drawn_in]), starts[:2])
+        starts = jnp.where((stage == FRESH) | (stage == MANY), x, starts.at[:2].set(known))
         return minimise(
             f,
-            starts.at[:2].set(known),
+            starts,
             layout.units,
             tolerance=jnp.select(
-                [stage >= 0, stage == FRESH], [max(tolerance, ROUGH), 2 * SHORT], tolerance
+                [stage >= 0, stage == FRESH],
+                [max(tolerance, ROUGH), tolerance + 2 * SHORT],
+                tolerance,
             ),
             max_steps=jnp.where(stage == FRESH, 1, max_steps),
-            # What a whole Newton step promises is asked there.
+            # What a whole Newton step promises is asked there, as accurate as steps are.
             radius=jnp.where(stage == FRESH, LARGEST, RADIUS),
             stage=stage,
             enabled=enabled,
@@ -115,7 +119,7 @@ def search(
         ready = int(start is not None)
         return in_stages(lane, begun, dim, num_ready=ready, goes_on=fresh is not None)
     found = over_lanes(lambda at: lane(at[0], LAST, at[1], True), (jnp.arange(lanes), begun.x))
-    return found, jnp.argmin(found.value)
+    return found, jnp.argmin(found.value), jnp.bool_(False)
 
 
 def in_stages(
@@ -125,12 +129,13 @@ def in_stages(
     *,
     num_ready: int = 0,
     goes_on: bool = False,
-) -> tuple[Minimum, jax.Array]:
+) -> tuple[Minimum, jax.Array, jax.Array]:
     """Where the lanes ended; those of one optimum have the results of the best of them, which alone
-    went on, unless it came to no end. And which is the best one, by values at the same draws.
+    went on, unless it came to no end. And which is the best one, by values at the same draws, and
+    whether it ended at many.
 
-    After the two stages, `goes_on`, it takes one step at fresh draws, and where that does not
-    converge, goes on at many from where it was.
+    After the two stages, `goes_on`, those that went on take one step at fresh draws, and where that
+    does not converge, go on at many from where they were.
 
     Args:
         lane: `(number, stage, x, enabled) -> Minimum`, from x, or from the lane's own starts where
@@ -145,7 +150,7 @@ def in_stages(
     numbers = jnp.arange(lanes, dtype=jnp.int32)
 
     def task(carry: tuple, number: jax.Array) -> tuple[tuple, None]:
-        found, values, plan, short = carry
+        found, values, plan, short, many = carry
         plan = lax.cond(number == firsts, lambda: planned(found, dim), lambda: plan)
         order, leaders = plan
         turn, place = (number - firsts) // lanes, (number - firsts) % lanes
@@ -162,20 +167,26 @@ def in_stages(
             short[i],
         )
         new = lane(i, stage, mine.x, enabled)
-        taken = enabled & (is_first | is_second | (~is_check & has_ended(new.status)))
-        now = where_tree(taken, new._replace(steps=mine.steps + new.steps), mine)
+        steps = mine.steps + jnp.where(enabled, new.steps, 0)
+        # Later stages take no other starts: a check leaves x, and what failed at many draws does.
+        is_many = enabled & (turn == 2) & jnp.isfinite(new.value)
+        taken = (enabled & (is_first | is_second)) | is_many
+        now = where_tree(taken, new, mine)._replace(steps=steps)
         found = jax.tree.map(lambda old, leaf: old.at[i].set(leaf), found, now)
         values = values.at[i].set(jnp.where(is_first | is_second, now.value, values[i]))
         leaders = leaders.at[i].set(jnp.where(enabled & ~is_first, i, leader))
         is_short = enabled & is_check & (new.status != SolverStatus.CONVERGED)
-        return (found, values, (order, leaders), short.at[i].set(short[i] | is_short)), None
+        short, many = short.at[i].set(short[i] | is_short), many.at[i].set(many[i] | is_many)
+        return (found, values, (order, leaders), short, many), None
 
     plan = numbers, jnp.full_like(numbers, -1)
-    start = begun, begun.value, plan, jnp.zeros(lanes, bool)
+    none = jnp.zeros(lanes, bool)
+    start = begun, begun.value, plan, none, none
     tasks = jnp.arange(firsts + (3 if goes_on else 1) * lanes, dtype=jnp.int32)
-    (found, values, (_, leaders), _), _ = lax.scan(task, start, tasks)
+    (found, values, (_, leaders), _, many), _ = lax.scan(task, start, tasks)
     source = jnp.where(leaders < 0, numbers, leaders)
-    return jax.tree.map(lambda leaf: leaf[source], found), jnp.argmin(values[source])
+    best = jnp.argmin(values[source])
+    return jax.tree.map(lambda leaf: leaf[source], found), best, many[source][best]
 
 
 def has_ended(status: jax.Array) -> jax.Array:

@@ -86,9 +86,11 @@ class Layout:
         """About how many numbers one evaluation of the log density handles."""
         return self.dim + self.num_model + sum(leaf.size for leaf in jax.tree.leaves(data))
 
-    def result(self, found: Minimum, best: jax.Array, draws: jax.Array, fixed: Any) -> tuple:
-        """The fields of a `Solution` after its guide, of the minima of all lanes and the number of
-        the best one."""
+    def result(
+        self, found: Minimum, best: jax.Array, draws: jax.Array, number: jax.Array, fixed: Any
+    ) -> tuple:
+        """The fields of a `Solution` after its guide, of the minima of all lanes, the number of the
+        best one, the first of its draws and how many these are."""
         entropy = 0.5 * self.dim * (1 + math.log(2 * math.pi))
         at_best = jax.tree.map(lambda leaf: leaf[best], found)
         info = SolverInfo(
@@ -98,6 +100,7 @@ class Layout:
             lane_elbos=jnp.where(jnp.isfinite(found.value), entropy - found.value, jnp.nan),
             lane_statuses=found.status,
             sampling_error=jnp.full((), jnp.nan, found.value.dtype),
+            details=number,
         )
         params = jax.vmap(lambda x: {**fixed, **self.params(x)})(found.x)
         responses = None

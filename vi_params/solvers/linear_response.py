@@ -208,24 +208,28 @@ def _build(target: Target, name: str) -> tuple[Guide, Quick, Quick]:
 
             return over(product, few, few_at_once).mean(0)
 
+        def missing(gradient: jax.Array) -> jax.Array:
+            """The part diag(exp(w) e g) is one at an optimum. In the mean over draws that it is not
+            the optimum of, with this gradient, it can be so negative that the whole is not positive
+            definite: what it lacks."""
+            return (-gradient).at[:dim].set(0.0)
+
         def curvature() -> tuple[Response, jax.Array]:
             """By draws, or where the density has no second derivative by columns, from differences
             of gradients."""
             by_draw = expansion(log_density, few, layout.size(data), 0)
             if exists(by_draw, few, 0):
                 found = by_draw(x, LAST)[2]
-                if few is draws:
-                    return found, jnp.zeros_like(places)
                 hessian, gradient = found.hessian, found.scores.mean(0)
+                if few is draws:
+                    full = found._replace(hessian=hessian + jnp.diag(missing(gradient)))
+                    return full, jnp.zeros_like(places)
             else:
                 hessian = lax.map(column, jnp.eye(2 * dim, dtype=x.dtype))
                 gradient = over(lambda e: share(x, e)[0], few, few_at_once).mean(0)
             shares, slopes = over(lambda e: share(x, e), draws, at_once)
-            # The part diag(exp(w) e g) is one at the optimum of all draws, and in the mean over few
-            # can be so negative that the whole is not positive definite: that of all is taken.
-            missing = (shares.mean(0) - gradient).at[:dim].set(0.0)
             scores = shares.reshape(2, -1, 2 * dim).mean(0)
-            response = Response(hessian + jnp.diag(missing), scores, slopes)
+            response = Response(hessian + jnp.diag(missing(gradient)), scores, slopes)
             return response, jnp.zeros_like(places)
 
         def gradients() -> tuple[Response, jax.Array]:

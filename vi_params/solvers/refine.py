@@ -50,7 +50,7 @@ def refine(
         num_hessians: as `vi.linear_response` takes it.
 
     Returns:
-        The `Solution` of `vi.linear_response`; `len(solution.noise)` is the number of draws and
+        The `Solution` of `vi.linear_response`; `info.details` is the number of draws and
         `info.sampling_error` what is left of the error.
 
     Raises:
@@ -104,7 +104,8 @@ def refine(
         error = float(found.info.sampling_error)
         if math.isnan(error) or error <= tolerable:
             break
-        num_draws = 2 * len(solution.noise)
+        now = solution.info.details
+        num_draws = 2 * (len(solution.noise) if now is None else int(now))
         solve = functools.partial(
             deterministic,
             target,

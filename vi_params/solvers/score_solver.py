@@ -143,7 +143,7 @@ def gaussian_start(target: Target, init: Any) -> Callable[[jax.Array, Any], Give
     def first_gaussian(key: jax.Array, data: Any) -> Given:
         layout = Layout(target, mean_field(target, init=init, init_scale=FIRST_SCALE))
         draws = moment_matched().draw(jax.random.fold_in(key, FIRST_LANES), FIRST_DRAWS, dim)
-        found, _ = search(
+        found, *_ = search(
             layout,
             lambda u, theta: density(u, {}, data),
             layout.size(data),
