@@ -108,11 +108,11 @@ def orthogonal(*, normal_lengths: bool = False) -> Noise:
 
     def draw(key: jax.Array, num_particles: int, dim: int) -> jax.Array:
         h = _half(num_particles, "orthogonal")
-        normal = _normal(key, h, dim)
+        of_frame, of_lengths = jax.random.split(key) if normal_lengths else (key, key)
+        normal = _normal(of_frame, h, dim)
         frame = jnp.sqrt(h) * _haar(normal) if h >= dim else jnp.sqrt(dim) * _haar(normal.T).T
         if normal_lengths:
-            other = _normal(jax.random.fold_in(key, 1), h, dim)
-            frame *= _lengths(other) / _lengths(frame)
+            frame *= _lengths(_normal(of_lengths, h, dim)) / _lengths(frame)
         return jnp.concatenate([frame, -frame])
 
     return Noise("orthogonal", draw)

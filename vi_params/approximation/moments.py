@@ -1,9 +1,11 @@
 """Moments of weighted draws, on the host."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from vi_params.importance import Weighted, psis_on_host
 
 BLOCK = 2**20
 """About how many numbers are squared at once."""
@@ -28,6 +30,35 @@ class Moments(NamedTuple):
 
 Parts = Sequence[tuple[np.ndarray, dict[str, np.ndarray]]]
 """Batches of draws: their weights, which add up to one over all batches, and their values."""
+
+
+def parts_of(
+    batches: Sequence[Weighted],
+    complete: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]],
+    *,
+    are_weighted: bool,
+) -> Parts:
+    """Batches with the Pareto-smoothed weights of all their draws together, or equal ones.
+
+    Args:
+        batches: of one guide.
+        complete: latents -> these and whatever else has moments.
+        are_weighted: whether the importance weights count.
+    """
+    weights = np.full(sum(len(one.log_ratios) for one in batches), 1.0)
+    if are_weighted:
+        ratios = np.concatenate([one.log_ratios for one in batches])
+        weights = np.exp(np.asarray(psis_on_host(ratios).log_weights, float))
+    weights /= np.sum(weights)
+    parts, end = [], 0
+    for one in batches:
+        begin, end = end, end + len(one.log_ratios)
+        # Of less weight, a value may be infinite.
+        counts = ~(weights[begin:end] <= np.finfo(np.float32).tiny)
+        if counts.any():
+            latents = {n: x if counts.all() else x[counts] for n, x in one.latents.items()}
+            parts.append((weights[begin:end][counts], complete(latents)))
+    return parts
 
 
 def moments_of(parts: Parts) -> Moments:

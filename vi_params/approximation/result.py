@@ -17,10 +17,10 @@ from vi_params._over import over
 from vi_params._table import Table
 from vi_params._tree import fold_in_name, pick
 from vi_params.approximation.judge import Judge, generator, joined
-from vi_params.approximation.moments import Moments, moments_of
+from vi_params.approximation.moments import Moments, moments_of, parts_of
 from vi_params.diagnostics import Diagnosis
 from vi_params.guide import Guide
-from vi_params.importance import Weighted, psis_on_host
+from vi_params.importance import Weighted
 from vi_params.params import constrain
 from vi_params.target import Target, flat, split_vector
 
@@ -143,20 +143,8 @@ class Approximation:
         require_count(num_effective, "num_effective", "Approximation.moments")
         with on_host():
             batches = self._enough(key, num_effective)
-            weights = np.full(sum(len(one.log_ratios) for one in batches), 1.0)
-            if self.resampled:
-                ratios = np.concatenate([one.log_ratios for one in batches])
-                weights = np.exp(np.asarray(psis_on_host(ratios).log_weights, float))
-            weights /= np.sum(weights)
-            parts, end = [], 0
-            for one in batches:
-                begin, end = end, end + len(one.log_ratios)
-                # Of less weight, a value may be infinite.
-                counts = ~(weights[begin:end] <= np.finfo(np.float32).tiny)
-                if counts.any():
-                    latents = jax.tree.map(lambda x, i=counts: x if i.all() else x[i], one.latents)
-                    parts.append((weights[begin:end][counts], self._with_deterministic(latents)))
-            return moments_of(parts)
+            complete, weighted = self._with_deterministic, self.resampled
+            return moments_of(parts_of(batches, complete, are_weighted=weighted))
 
     def nuts_start(self, key: jax.Array, num_chains: int = 4) -> NutsStart:
         """Starting points and an inverse mass matrix for NUTS.

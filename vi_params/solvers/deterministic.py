@@ -213,10 +213,10 @@ def _build(
 
     @Quick
     def solve(key: jax.Array, data: Any, fixed: Any, start: Any, numbers: jax.Array) -> tuple:
-        of_draws = jax.random.fold_in(key, lanes)
+        of_draws, of_fresh = (jax.random.fold_in(key, lanes + i) for i in range(2))
         draws, fresh = scheme.draw(of_draws, num_draws, layout.dim), None
         if goes_on:
-            first, *more = jax.random.split(jax.random.fold_in(of_draws, 0), MORE - 1)
+            first, *more = jax.random.split(of_fresh, MORE - 1)
             fresh = lax.map(lambda key: normal.draw(key, num_draws, layout.dim), jnp.stack(more))
             # Where the first draws leave no error since their moments are exact, this finds none.
             exact = scheme.draw(first, num_draws, layout.dim)

@@ -87,11 +87,12 @@ def fixed_draws(
             the first set of them, `MANY` F at all sets and `draws`.
     """
     num_draws, dim = draws.shape
-    expand = expansion(log_density, draws, size, num_model, few, fresh)
+    sets = draws[None] if fresh is None else jnp.concatenate([fresh, draws[None]])
+    expand = expansion(log_density, draws, size, num_model, few, sets)
     if dim + num_model <= DENSE and exists(expand, draws, num_model):
         return Smooth(expand, lambda curvature, v: curvature.hessian @ v)
     if few is not None:
-        return _matrix_free(log_density, draws, size, few, fresh)
+        return _matrix_free(log_density, sets, size, few)
     plain = loss(log_density, draws, divisor(num_draws, BLOCK // size))
     return matrix_free(plain, lambda x: units(x, dim))
 
@@ -102,9 +103,10 @@ def expansion(
     size: int,
     num_model: int,
     few: jax.Array | None = None,
-    fresh: jax.Array | None = None,
+    sets: Any = None,
 ) -> Callable[..., tuple[jax.Array, jax.Array, Response]]:
-    """`(x, stage) -> (F, its gradient, its Response)`; arguments as for `fixed_draws`."""
+    """`(x, stage) -> (F, its gradient, its Response)`; arguments as for `fixed_draws`, and with
+    `few` those of `Blocks`."""
     num_draws, dim = draws.shape
     width = dim + num_model
     block = CACHED if jax.default_backend() == "cpu" else BLOCK
@@ -142,12 +144,12 @@ def expansion(
         shapes = (), (width, width), (width, dim), (dim, dim)
         blank = tuple(jnp.zeros(shape, jnp.result_type(x, draws)) for shape in shapes)
         if few is None:
-            count, sets = num_draws, 1
+            count, times = num_draws, 1
             sums, lifted = lax.scan(add, blank, draws.reshape(-1, at_once, dim))
             lifted = totals = lifted.reshape(count, x.size)
         else:
-            blocks = Blocks(draws, few, fresh, stage)
-            count, sets = blocks.number * blocks.size, blocks.sets
+            blocks = Blocks(sets, few, stage)
+            count, times = blocks.number * blocks.size, blocks.times
             sums, lifted, totals = blocks.stacked(add, blank, x.size)
         value, plain, right, both = (leaf / count for leaf in sums)
         hessian = jnp.block(
@@ -159,7 +161,7 @@ def expansion(
         )
         entropy = jnp.zeros_like(x).at[dim : 2 * dim].set(1.0)
         # Of pair i the mean over the sets of draws: their scatter tells the error of all.
-        pairs = totals.reshape(2, -1, x.size).mean(0) / sets - entropy
+        pairs = totals.reshape(2, -1, x.size).mean(0) / times - entropy
         curvature = Response(hessian, pairs, -lifted[:, :dim])
         return value - jnp.sum(w), totals.sum(0) / count - entropy, curvature
 
@@ -182,19 +184,24 @@ class Blocks:
     its set: of the last stage all draws, of another one its few draws, the first fresh set, or all
     sets, all draws the last of them."""
 
-    def __init__(self, draws: jax.Array, few: jax.Array, fresh: Any, stage: Any) -> None:
-        """Arguments as for `fixed_draws`."""
-        self.all = draws[None] if fresh is None else jnp.concatenate([fresh, draws[None]])
-        self.few, self.stage = few, stage
+    def __init__(self, sets: jax.Array, few: jax.Array, stage: Any) -> None:
+        """Cuts the sets.
+
+        Args:
+            sets: the fresh draws and then all, shape (num_sets, num_draws, dim).
+            few: as for `fixed_draws`.
+            stage: likewise.
+        """
+        self.sets, self.few, self.stage = sets, few, stage
         self.size, self.half = few.shape[1], few.shape[1] // 2
-        self.most = len(draws) // self.size
-        self.sets = jnp.where(stage == MANY, len(self.all), 1)
-        self.number = jnp.where(stage >= 0, 1, self.sets * self.most)
+        self.most = sets.shape[1] // self.size
+        self.times = jnp.where(stage == MANY, len(sets), 1)
+        self.number = jnp.where(stage >= 0, 1, self.times * self.most)
 
     def block(self, i: jax.Array) -> jax.Array:
         """Block i, shape (size, dim)."""
-        first = jnp.where(self.stage == LAST, len(self.all) - 1, 0)
-        blocks = self.all.reshape(len(self.all), 2, self.most, self.half, -1)
+        first = jnp.where(self.stage == LAST, len(self.sets) - 1, 0)
+        blocks = self.sets.reshape(len(self.sets), 2, self.most, self.half, -1)
         halves = blocks[first + i // self.most, :, i % self.most]
         return jnp.where(self.stage >= 0, self.few[self.stage], halves.reshape(self.size, -1))
 
@@ -222,14 +229,12 @@ class Blocks:
         def in_order(rows: jax.Array) -> jax.Array:
             return rows.reshape(-1, 2, self.half, width).swapaxes(0, 1).reshape(-1, width)
 
-        blank = jnp.zeros((self.most, self.size, width), self.all.dtype)
+        blank = jnp.zeros((self.most, self.size, width), self.sets.dtype)
         carry, last, totals = lax.fori_loop(0, self.number, put, (carry, blank, blank))
         return carry, in_order(last), in_order(totals)
 
 
-def _matrix_free(
-    log_density: LogDensity, draws: jax.Array, size: int, few: jax.Array, fresh: Any
-) -> Smooth:
+def _matrix_free(log_density: LogDensity, sets: jax.Array, size: int, few: jax.Array) -> Smooth:
     """F in stages without a Hessian: sums over the blocks that count, and products by
     differentiating these."""
     _, num_few, dim = few.shape
@@ -245,7 +250,7 @@ def _matrix_free(
             found = over(lambda e: jax.value_and_grad(share)(x, e), e, at_once)
             return jax.tree.map(lambda leaf: leaf.sum(0), found)
 
-        blocks = Blocks(draws, few, fresh, stage)
+        blocks = Blocks(sets, few, stage)
         sums = blocks.summed(total, (jnp.zeros((), x.dtype), jnp.zeros_like(x)))
         return jax.tree.map(lambda leaf: leaf / (blocks.number * num_few), sums)
 

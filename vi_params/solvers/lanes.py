@@ -6,8 +6,8 @@ is far off has optima of its own, at large scales. The lanes are searched one af
 is best on a CPU, by one program for all stages; lanes that the first stage led to the same optimum
 take no step in the second one but for the best of them. The optimum at fixed draws is short of the
 ELBO's by as much again as its value there is too high; one Newton step at fresh draws promises both
-together, and says whether to go on. An accelerator evaluates all draws of all
-lanes in the time of few: there is one stage there.
+together, and says whether to go on. An accelerator evaluates all draws of all lanes in the time of
+few: there is one stage there.
 """
 
 from collections.abc import Callable
@@ -71,7 +71,7 @@ def search(
         key: a typed random key, of the starts and the few draws.
         numbers: of the lanes, shape (lanes,): each has its own starts and few draws.
         tolerance: as `minimise` takes it.
-        max_steps: as `minimise` takes it, in either stage.
+        max_steps: as `minimise` takes it, in every stage.
         start: parameters at which the first lane starts, at all draws at once.
         fresh: more draws, shape (sets, num_draws, dim), at which a lane that was searched at all
             draws goes on where a Newton step at the first set promises more than twice `SHORT`;
